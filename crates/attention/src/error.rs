@@ -1,0 +1,186 @@
+//! What can be wrong with a call: every refusal names the argument, what came and what was expected.
+
+use core::fmt;
+
+use qkv_simd::IsaError;
+
+/// Which of the tensors of a call is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Argument {
+    /// The queries, (batch, query heads, query length, key dim).
+    Query,
+    /// The keys, (batch, key/value heads, key length, key dim).
+    Key,
+    /// The values, (batch, key/value heads, key length, value dim).
+    Value,
+    /// The output, (batch, query heads, query length, value dim).
+    Output,
+    /// The log-sum-exp, (batch, query heads, query length).
+    Lse,
+}
+
+impl fmt::Display for Argument {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Argument::Query => "query",
+            Argument::Key => "key",
+            Argument::Value => "value",
+            Argument::Output => "output",
+            Argument::Lse => "lse",
+        })
+    }
+}
+
+/// Why a view of memory as a tensor was refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TensorError {
+    /// The product of the sizes, or an offset inside the tensor, does not fit the address space.
+    TooLarge {
+        /// (batch, heads, length, dim).
+        shape: [usize; 4],
+    },
+    /// Some element lies outside the buffer.
+    OutOfBounds {
+        /// (batch, heads, length, dim).
+        shape: [usize; 4],
+        /// Values from one index to the next on each axis.
+        strides: [isize; 4],
+        /// Where element (0, 0, 0, 0) lies in the buffer.
+        offset: usize,
+        /// The buffer's length in values.
+        buffer: usize,
+    },
+    /// The head dimension is not contiguous: its stride must be 1.
+    LastAxisNotContiguous {
+        /// The stride that came.
+        stride: isize,
+    },
+    /// Two elements of a tensor that is to be written share their memory.
+    Overlapping {
+        /// (batch, heads, length, dim).
+        shape: [usize; 4],
+        /// Values from one index to the next on each axis.
+        strides: [isize; 4],
+    },
+}
+
+impl fmt::Display for TensorError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TensorError::TooLarge { shape } => {
+                write!(f, "shape {shape:?} with its strides spans more than the address space")
+            }
+            TensorError::OutOfBounds { shape, strides, offset, buffer } => write!(
+                f,
+                "shape {shape:?} with strides {strides:?} from offset {offset} leaves the buffer of {buffer} values"
+            ),
+            TensorError::LastAxisNotContiguous { stride } => {
+                write!(f, "the last axis (head dim) has stride {stride}, expected 1")
+            }
+            TensorError::Overlapping { shape, strides } => {
+                write!(f, "shape {shape:?} with strides {strides:?} overlaps itself, but is to be written")
+            }
+        }
+    }
+}
+
+impl core::error::Error for TensorError {}
+
+/// Why a call of attention was refused. Nothing has been written then.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum AttentionError {
+    /// An axis of one argument does not agree with another's.
+    ShapeMismatch {
+        /// The argument at fault.
+        argument: Argument,
+        /// Its axis: "batch", "heads", "length" or "head dim".
+        axis: &'static str,
+        /// The size that came.
+        given: usize,
+        /// The size expected.
+        expected: usize,
+        /// What the expectation comes from.
+        because_of: Argument,
+    },
+    /// There are no heads, or no key dimension.
+    ZeroSize {
+        /// The argument at fault.
+        argument: Argument,
+        /// Its axis: "heads" or "head dim".
+        axis: &'static str,
+    },
+    /// The query heads are not a multiple of the key/value heads.
+    HeadsNotDivisible {
+        /// Query heads.
+        query_heads: usize,
+        /// Key/value heads.
+        kv_heads: usize,
+    },
+    /// The buffer for the log-sum-exp has the wrong length.
+    LseLength {
+        /// Values that came.
+        given: usize,
+        /// batch x heads x query length.
+        expected: usize,
+    },
+    /// The scale is NaN or infinite.
+    BadScale {
+        /// The scale that came.
+        given: f32,
+    },
+    /// A new output of this shape does not fit the address space.
+    TooLarge {
+        /// (batch, heads, length, dim).
+        shape: [usize; 4],
+    },
+    /// A tensor is longer than positions can be counted (2^48).
+    TooLong {
+        /// The argument at fault.
+        argument: Argument,
+        /// Its length.
+        given: usize,
+    },
+    /// `QKV_ISA` or the requested instruction set cannot be used.
+    Isa(IsaError),
+}
+
+impl fmt::Display for AttentionError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AttentionError::ShapeMismatch { argument, axis, given, expected, because_of } => {
+                write!(f, "{argument}: {axis} is {given}, expected {expected} to match {because_of}")
+            }
+            AttentionError::ZeroSize { argument, axis } => {
+                write!(f, "{argument}: {axis} is 0, expected at least 1")
+            }
+            AttentionError::HeadsNotDivisible { query_heads, kv_heads } => write!(
+                f,
+                "query: {query_heads} heads, expected a multiple of the {kv_heads} key/value heads"
+            ),
+            AttentionError::LseLength { given, expected } => {
+                write!(f, "lse: {given} values, expected batch x heads x query length = {expected}")
+            }
+            AttentionError::BadScale { given } => {
+                write!(f, "scale: {given}, expected a finite number")
+            }
+            AttentionError::TooLarge { shape } => {
+                write!(f, "output: shape {shape:?} does not fit the address space")
+            }
+            AttentionError::TooLong { argument, given } => {
+                write!(f, "{argument}: length {given}, expected at most 2^48")
+            }
+            AttentionError::Isa(error) => error.fmt(f),
+        }
+    }
+}
+
+impl core::error::Error for AttentionError {}
+
+impl From<IsaError> for AttentionError {
+    fn from(error: IsaError) -> Self {
+        AttentionError::Isa(error)
+    }
+}

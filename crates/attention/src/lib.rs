@@ -1,0 +1,18 @@
+//! attention
+mod error;
+mod forward;
+mod mask;
+mod online_softmax;
+mod parallel;
+mod plan;
+mod prefill;
+pub mod reference;
+mod row_tiles;
+mod spec;
+mod tensor;
+
+pub use error::{Argument, AttentionError, TensorError};
+pub use forward::{attention, attention_into, attention_with_lse, explain, Outputs};
+pub use plan::{Plan, Shape};
+pub use spec::{AttentionSpec, Causal};
+pub use tensor::{Tensor, TensorMut, TensorRef};

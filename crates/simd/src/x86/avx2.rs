@@ -1,0 +1,212 @@
+//! AVX2 + FMA + F16C: eight lanes, sixteen registers (Haswell 2013, Zen 2017 and later).
+
+use core::arch::x86_64::*;
+
+use crate::simd::sealed::Sealed;
+use crate::{IsaKind, Simd, SimdOp};
+
+/// Proof that this CPU has AVX2, FMA and F16C.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx2 {
+    _made_by_new: (),
+}
+
+impl Avx2 {
+    /// The token, where the CPU has all three.
+    #[must_use]
+    pub fn new() -> Option<Self> {
+        // These three must be the features that `vectorize` enables.
+        (is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c"))
+        .then_some(Self { _made_by_new: () })
+    }
+}
+
+/// The lanes below `n`, as `maskload` and `maskstore` want them: the sign bit of each.
+#[inline(always)]
+fn first_lanes(n: usize) -> __m256i {
+    debug_assert!(n <= 8);
+    const WINDOW: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+    // SAFETY: n <= 8, so the eight values from 8 - n on lie inside the table; AVX2 by the callers' token.
+    unsafe { _mm256_loadu_si256(WINDOW.as_ptr().add(8 - n.min(8)).cast()) }
+}
+
+/// One operation on registers alone: the token `self` proves the features, nothing else is asked.
+macro_rules! register_op {
+    ($body:expr) => {{
+        // SAFETY: no memory is touched, and the token proves that the CPU has AVX2, FMA and F16C.
+        unsafe { $body }
+    }};
+}
+
+impl Sealed for Avx2 {}
+
+impl Simd for Avx2 {
+    const KIND: IsaKind = IsaKind::Avx2;
+    const LANES: usize = 8;
+    const REGISTERS: usize = 16;
+    type F32 = __m256;
+    type Mask = __m256;
+
+    #[inline(always)]
+    fn vectorize<O: SimdOp>(self, op: O) -> O::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn enter<O: SimdOp>(s: Avx2, op: O) -> O::Output {
+            op.eval(s)
+        }
+        // SAFETY: the token proves the three features.
+        unsafe { enter(self, op) }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m256 {
+        register_op!(_mm256_set1_ps(x))
+    }
+    #[inline(always)]
+    fn iota(self) -> __m256 {
+        register_op!(_mm256_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0))
+    }
+
+    #[inline(always)]
+    unsafe fn load_ptr(self, p: *const f32) -> __m256 {
+        // SAFETY: the caller vouches for eight values at `p`.
+        unsafe { _mm256_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store_ptr(self, x: __m256, p: *mut f32) {
+        // SAFETY: the caller vouches for eight values at `p`.
+        unsafe { _mm256_storeu_ps(p, x) }
+    }
+    #[inline(always)]
+    unsafe fn load_partial(self, p: *const f32, n: usize) -> __m256 {
+        // SAFETY: masked-off lanes are not accessed; the caller vouches for the first `n`.
+        unsafe { _mm256_maskload_ps(p, first_lanes(n)) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial(self, x: __m256, p: *mut f32, n: usize) {
+        // SAFETY: masked-off lanes are not accessed; the caller vouches for the first `n`.
+        unsafe { _mm256_maskstore_ps(p, first_lanes(n), x) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        register_op!(_mm256_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        register_op!(_mm256_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        register_op!(_mm256_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: __m256, b: __m256) -> __m256 {
+        register_op!(_mm256_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul_add(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        register_op!(_mm256_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn max(self, a: __m256, b: __m256) -> __m256 {
+        register_op!(_mm256_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn min(self, a: __m256, b: __m256) -> __m256 {
+        register_op!(_mm256_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn abs(self, a: __m256) -> __m256 {
+        register_op!(_mm256_andnot_ps(_mm256_set1_ps(-0.0), a))
+    }
+    #[inline(always)]
+    fn copysign(self, a: __m256, sign: __m256) -> __m256 {
+        register_op!({
+            let bit = _mm256_set1_ps(-0.0);
+            _mm256_or_ps(_mm256_andnot_ps(bit, a), _mm256_and_ps(bit, sign))
+        })
+    }
+
+    #[inline(always)]
+    fn pow2_of_biased(self, biased: __m256) -> __m256 {
+        register_op!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(biased))))
+    }
+
+    #[inline(always)]
+    fn lt(self, a: __m256, b: __m256) -> __m256 {
+        register_op!(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b))
+    }
+    #[inline(always)]
+    fn le(self, a: __m256, b: __m256) -> __m256 {
+        register_op!(_mm256_cmp_ps::<_CMP_LE_OQ>(a, b))
+    }
+    #[inline(always)]
+    fn eq(self, a: __m256, b: __m256) -> __m256 {
+        register_op!(_mm256_cmp_ps::<_CMP_EQ_OQ>(a, b))
+    }
+    #[inline(always)]
+    fn and(self, a: __m256, b: __m256) -> __m256 {
+        register_op!(_mm256_and_ps(a, b))
+    }
+    #[inline(always)]
+    fn or(self, a: __m256, b: __m256) -> __m256 {
+        register_op!(_mm256_or_ps(a, b))
+    }
+    #[inline(always)]
+    fn select(self, mask: __m256, yes: __m256, no: __m256) -> __m256 {
+        register_op!(_mm256_blendv_ps(no, yes, mask))
+    }
+    #[inline(always)]
+    fn bits(self, mask: __m256) -> u32 {
+        register_op!(_mm256_movemask_ps(mask).cast_unsigned())
+    }
+
+    #[inline(always)]
+    fn reduce_add(self, a: __m256) -> f32 {
+        register_op!({
+            let x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+        })
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: __m256) -> f32 {
+        register_op!({
+            let x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(self, src: *const f32, src_stride: isize, dst: *mut f32, dst_stride: isize) {
+        // Halves are paired at the load (row i beside row i + 4), so that every later step stays inside 128 bits:
+        // 8 loads + 8 inserts from memory, 8 unpacks, 8 shuffles, 8 stores.
+        // SAFETY: the caller vouches for eight rows of eight values on both sides; each access is one of them.
+        unsafe {
+            let pair = |i: isize, half: isize| {
+                let low = _mm_loadu_ps(src.offset(i * src_stride + 4 * half));
+                let high = _mm_loadu_ps(src.offset((i + 4) * src_stride + 4 * half));
+                _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high)
+            };
+            for half in 0..2 {
+                let (r0, r1, r2, r3) = (pair(0, half), pair(1, half), pair(2, half), pair(3, half));
+                let (t0, t1) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
+                let (t2, t3) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));
+                let dst = dst.offset(4 * half * dst_stride);
+                _mm256_storeu_ps(dst, _mm256_shuffle_ps::<0x44>(t0, t2));
+                _mm256_storeu_ps(dst.offset(dst_stride), _mm256_shuffle_ps::<0xEE>(t0, t2));
+                _mm256_storeu_ps(dst.offset(2 * dst_stride), _mm256_shuffle_ps::<0x44>(t1, t3));
+                _mm256_storeu_ps(dst.offset(3 * dst_stride), _mm256_shuffle_ps::<0xEE>(t1, t3));
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, p: *const f32) {
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+}
