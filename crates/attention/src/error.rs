@@ -156,10 +156,9 @@ impl fmt::Display for AttentionError {
             AttentionError::ZeroSize { argument, axis } => {
                 write!(f, "{argument}: {axis} is 0, expected at least 1")
             }
-            AttentionError::HeadsNotDivisible { query_heads, kv_heads } => write!(
-                f,
-                "query: {query_heads} heads, expected a multiple of the {kv_heads} key/value heads"
-            ),
+            AttentionError::HeadsNotDivisible { query_heads, kv_heads } => {
+                write!(f, "query: {query_heads} heads, expected a multiple of the {kv_heads} key/value heads")
+            }
             AttentionError::LseLength { given, expected } => {
                 write!(f, "lse: {given} values, expected batch x heads x query length = {expected}")
             }

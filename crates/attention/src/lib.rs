@@ -12,7 +12,7 @@ mod spec;
 mod tensor;
 
 pub use error::{Argument, AttentionError, TensorError};
-pub use forward::{attention, attention_into, attention_with_lse, explain, Outputs};
+pub use forward::{Outputs, attention, attention_into, attention_with_lse, explain};
 pub use plan::{Plan, Shape};
 pub use spec::{AttentionSpec, Causal};
 pub use tensor::{Tensor, TensorMut, TensorRef};

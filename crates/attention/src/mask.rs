@@ -86,9 +86,7 @@ impl Positional {
         match self.causal_offset {
             None => self.key_len,
             // Positions and lengths are at most 2^48, so only the offset can saturate, and then it stays out of range.
-            Some(offset) => offset
-                .saturating_add(position as i64 + 1)
-                .clamp(0, self.key_len as i64) as usize,
+            Some(offset) => offset.saturating_add(position as i64 + 1).clamp(0, self.key_len as i64) as usize,
         }
     }
 }
@@ -98,10 +96,7 @@ impl Mask for Positional {
     type Lanes<S: Simd, const NV: usize> = [S::F32; NV];
 
     fn visible(&self, positions: Range<usize>) -> Visible {
-        Visible {
-            any: 0..self.prefix(positions.end - 1),
-            whole: 0..self.prefix(positions.start),
-        }
+        Visible { any: 0..self.prefix(positions.end - 1), whole: 0..self.prefix(positions.start) }
     }
 
     #[inline(always)]

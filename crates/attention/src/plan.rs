@@ -79,18 +79,29 @@ pub(crate) struct Task {
 /// Keys in a block. A block's scores, for one strip of queries, are read and written three times and should stay in L1
 /// beside the strip's queries: 96 x 16 x 4 = 6 KiB. Larger blocks rescale the output less often, smaller ones leave
 /// more of L1 to the values. Sweep on Zen 4 in docs/TUNING.md.
-const KEY_BLOCK: usize = 96;
+const KEY_BLOCK: usize = tuned(option_env!("QKV_TUNE_KEY_BLOCK"), 96);
 
 /// Most rows of a task. The task reads all keys and values once per strip, from L2 after the first strip, so more rows
 /// mean less traffic from L3 and memory; their packed queries and outputs, 2 x 96 x 64 x 4 = 48 KiB at dim 64, leave
 /// the rest of L2 to the block of keys and values.
-const MAX_ROWS: usize = 96;
+const MAX_ROWS: usize = tuned(option_env!("QKV_TUNE_MAX_ROWS"), 96);
 
 /// Scratch that the rows of one task may take (queries and outputs) before their number is cut: 512 KiB.
 const MAX_ROW_VALUES: usize = 128 << 10;
 
 /// Tasks that a call should have before its rows are cut finer for the threads' sake.
 const ENOUGH_TASKS: usize = 32;
+
+/// A number that a sweep (scripts/tune.py) may override when it compiles.
+const fn tuned(given: Option<&str>, usual: usize) -> usize {
+    match given {
+        None => usual,
+        Some(digits) => match usize::from_str_radix(digits, 10) {
+            Ok(number) => number,
+            Err(_) => panic!("a QKV_TUNE_ variable is not a number"),
+        },
+    }
+}
 
 /// How a call is carried out. `Display` prints it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -142,11 +153,7 @@ impl Plan {
         let part = if self.longest_first { self.tasks_per_head - 1 - part } else { part };
         let first = part * self.rows_per_task;
         let last = (first + self.rows_per_task).min(self.shape.group() * self.shape.query_len);
-        Task {
-            batch: head / self.shape.kv_heads,
-            kv_head: head % self.shape.kv_heads,
-            rows: first..last,
-        }
+        Task { batch: head / self.shape.kv_heads, kv_head: head % self.shape.kv_heads, rows: first..last }
     }
 
     /// Strips of NR rows in a task.

@@ -118,13 +118,7 @@ impl<M: Mask> TileOp for Prefill<'_, '_, M> {
         with_scratch(layout.total, |memory| {
             let scratch = Scratch::cut(&layout, memory);
             // The closure runs inside a function without vector features: enter them again.
-            s.vectorize(Worker::<S, M, MR, NV> {
-                s,
-                call: self.call,
-                task: &self.task,
-                scratch,
-                started: 0,
-            });
+            s.vectorize(Worker::<S, M, MR, NV> { s, call: self.call, task: &self.task, scratch, started: 0 });
         });
     }
 }
@@ -196,24 +190,20 @@ impl<S: Simd, M: Mask, const MR: usize, const NV: usize> Worker<'_, '_, S, M, MR
         let high = self.call.scale as f32;
         let low = (self.call.scale - f64::from(high)) as f32;
         for lane in 0..Self::NR {
+            let (head, position) = self.head_and_position(rows.first + lane);
             let to = &mut self.scratch.rows[lane * dk..][..dk];
             if lane >= rows.count {
                 to.fill(0.0);
                 continue;
             }
-            let (head, position) = {
-                let group = rows.group;
-                (self.task.kv_head * group + (rows.first + lane) % group, (rows.first + lane) / group)
-            };
             let from = self.call.q.row(self.task.batch, head, position);
-            let (from, to) = (from.chunks(S::LANES), to.chunks_mut(S::LANES));
-            for (from, to) in from.zip(to) {
-                // SAFETY: both chunks have the same length, at most LANES.
-                unsafe {
-                    let q = s.load_partial(from.as_ptr(), from.len());
-                    let scaled = s.mul_add(q, s.splat(high), s.mul(q, s.splat(low)));
-                    s.store_partial(scaled, to.as_mut_ptr(), to.len());
-                }
+            let whole = dk / S::LANES * S::LANES;
+            for at in (0..whole).step_by(S::LANES) {
+                let q = s.load(&from[at..]);
+                s.store(s.mul_add(q, s.splat(high), s.mul(q, s.splat(low))), &mut to[at..]);
+            }
+            for at in whole..dk {
+                to[at] = from[at].mul_add(high, from[at] * low);
             }
         }
         let packed = &mut self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR];
@@ -260,7 +250,8 @@ impl<S: Simd, M: Mask, const MR: usize, const NV: usize> Worker<'_, '_, S, M, MR
             mask: call.mask,
             // Without an edge in these keys the tiles never ask.
             lanes: call.mask.lanes(self.s, self.rows_of(strip), keys.start),
-            whole: visible.whole.start.saturating_sub(keys.start)..visible.whole.end.saturating_sub(keys.start),
+            whole: visible.whole.start.saturating_sub(keys.start)
+                ..visible.whole.end.saturating_sub(keys.start),
             k: call.k.row_ptr(self.task.batch, self.task.kv_head, keys.start),
             k_stride: call.k.position_stride(),
             depth: dk,
@@ -274,7 +265,14 @@ impl<S: Simd, M: Mask, const MR: usize, const NV: usize> Worker<'_, '_, S, M, MR
 
     /// O^T = alpha O^T + V^T P^T with the weights in the scratch and the values of `keys` rows from `v` on.
     #[inline(always)]
-    fn weighted_sum(&mut self, strip: usize, v: *const f32, v_stride: isize, keys: usize, alpha: [S::F32; NV]) {
+    fn weighted_sum(
+        &mut self,
+        strip: usize,
+        v: *const f32,
+        v_stride: isize,
+        keys: usize,
+        alpha: [S::F32; NV],
+    ) {
         let dv = self.call.plan.shape.value_dim;
         let mut op = WeightedSum::<S, NV> {
             s: self.s,

@@ -68,12 +68,8 @@ impl Geometry {
 
     /// Where all elements lie in a buffer of `buffer` values with element (0, 0, 0, 0) at `offset`, or the refusal.
     fn check_bounds(&self, offset: usize, buffer: usize) -> Result<(), TensorError> {
-        let error = TensorError::OutOfBounds {
-            shape: self.shape,
-            strides: self.all_strides(),
-            offset,
-            buffer,
-        };
+        let error =
+            TensorError::OutOfBounds { shape: self.shape, strides: self.all_strides(), offset, buffer };
         if self.is_empty() {
             return if offset <= buffer { Ok(()) } else { Err(error) };
         }

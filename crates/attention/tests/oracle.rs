@@ -20,7 +20,9 @@ fn lengths_and_dims_at_the_edges() {
 
 #[test]
 fn head_dims() {
-    for key_dim in [1, 2, 3, 7, 8, 9, 12, 16, 31, 32, 33, 63, 64, 65, 80, 96, 127, 128, 129, 192, 256, 512, 576] {
+    for key_dim in
+        [1, 2, 3, 7, 8, 9, 12, 16, 31, 32, 33, 63, 64, 65, 80, 96, 127, 128, 129, 192, 256, 512, 576]
+    {
         Case { query_len: 33, key_len: 50, key_dim, value_dim: key_dim, ..Case::default() }.check();
         Case { query_len: 20, key_len: 37, key_dim, value_dim: 13, ..Case::default() }.check();
         Case { query_len: 20, key_len: 37, key_dim: 13, value_dim: key_dim, ..Case::default() }.check();

@@ -1,1 +1,30 @@
-//! qkv
+//! Attention on CPUs in one fused pass.
+//!
+//! ```
+//! use qkv::{AttentionSpec, Causal, Tensor, attention};
+//!
+//! // (batch, heads, length, head dim)
+//! let q = Tensor::from_fn([1, 2, 5, 8], |[_, h, i, d]| (h + i * d) as f32 * 0.01)?;
+//! let k = Tensor::from_fn([1, 2, 5, 8], |[_, h, i, d]| (h * i + d) as f32 * 0.02)?;
+//! let v = Tensor::from_fn([1, 2, 5, 8], |[_, _, i, d]| (i * 8 + d) as f32)?;
+//!
+//! let spec = AttentionSpec::new().with_causal(Causal::TopLeft);
+//! let out = attention(q.view(), k.view(), v.view(), &spec)?;
+//!
+//! assert_eq!(out.shape(), [1, 2, 5, 8]);
+//! // The first query sees the first key alone, so its output is the first value.
+//! assert_eq!(out.data()[..8], v.data()[..8]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! The crate collects what the parts offer: attention and its tensors from `qkv-attention`, matrix products in [`gemm`],
+//! instruction sets in [`simd`].
+
+pub mod probe;
+
+pub use qkv_attention::{
+    Argument, AttentionError, AttentionSpec, Causal, Outputs, Plan, Shape, Tensor, TensorError, TensorMut, TensorRef,
+    attention, attention_into, attention_with_lse, explain, reference,
+};
+pub use qkv_gemm as gemm;
+pub use qkv_simd as simd;

@@ -1,0 +1,41 @@
+//! Random problems, shrunk when they fail.
+
+mod common;
+
+use common::Case;
+use proptest::prelude::*;
+use qkv_attention::Causal;
+
+fn causal() -> impl Strategy<Value = Option<Causal>> {
+    prop_oneof![
+        Just(None),
+        Just(Some(Causal::TopLeft)),
+        Just(Some(Causal::BottomRight)),
+        (-150i64..150).prop_map(|offset| Some(Causal::Offset(offset))),
+    ]
+}
+
+prop_compose! {
+    fn cases()(
+        batch in 0usize..3,
+        kv_heads in 1usize..4,
+        group in 1usize..6,
+        query_len in 0usize..140,
+        key_len in 0usize..220,
+        key_dim in 1usize..70,
+        value_dim in 0usize..70,
+        causal in causal(),
+        scale in prop_oneof![Just(None), (-2.0f32..2.0).prop_map(Some)],
+        seed in any::<u64>(),
+    ) -> Case {
+        Case { batch, kv_heads, group, query_len, key_len, key_dim, value_dim, causal, scale, seed }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+    #[test]
+    fn agrees_with_the_oracle(case in cases()) {
+        case.check();
+    }
+}
