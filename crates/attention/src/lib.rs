@@ -1,6 +1,7 @@
 //! attention
 mod error;
 mod forward;
+mod hidden;
 mod mask;
 mod online_softmax;
 mod parallel;
@@ -9,6 +10,7 @@ mod prefill;
 pub mod reference;
 mod row_tiles;
 mod spec;
+mod strip;
 mod tensor;
 
 pub use error::{Argument, AttentionError, TensorError};

@@ -79,7 +79,7 @@ pub(crate) struct Task {
 /// Keys in a block. A block's scores, for one strip of queries, are read and written three times and should stay in L1
 /// beside the strip's queries: 96 x 16 x 4 = 6 KiB. Larger blocks rescale the output less often, smaller ones leave
 /// more of L1 to the values. Sweep on Zen 4 in docs/TUNING.md.
-const KEY_BLOCK: usize = tuned(option_env!("QKV_TUNE_KEY_BLOCK"), 96);
+const KEY_BLOCK: usize = tuned(option_env!("QKV_TUNE_KEY_BLOCK"), 128);
 
 /// Most rows of a task. The task reads all keys and values once per strip, from L2 after the first strip, so more rows
 /// mean less traffic from L3 and memory; their packed queries and outputs, 2 x 96 x 64 x 4 = 48 KiB at dim 64, leave
@@ -91,6 +91,13 @@ const MAX_ROW_VALUES: usize = 128 << 10;
 
 /// Tasks that a call should have before its rows are cut finer for the threads' sake.
 const ENOUGH_TASKS: usize = 32;
+
+/// The size of the parts when `total` is cut into as few as possible of at most `most`: even shares, in whole `grain`s,
+/// rather than a short last part.
+fn even_share(total: usize, most: usize, grain: usize) -> usize {
+    let parts = total.div_ceil(most).max(1);
+    total.div_ceil(parts).next_multiple_of(grain).max(grain)
+}
 
 /// A number that a sweep (scripts/tune.py) may override when it compiles.
 const fn tuned(given: Option<&str>, usual: usize) -> usize {
@@ -123,16 +130,11 @@ impl Plan {
         let by_memory = MAX_ROW_VALUES / (shape.key_dim + shape.value_dim).max(1);
         let by_tasks = (rows * heads).div_ceil(ENOUGH_TASKS);
         let most = MAX_ROWS.min(by_memory).min(by_tasks).next_multiple_of(kernel.nr).max(kernel.nr);
-        // Even shares rather than a short last one.
-        let tasks_per_head = rows.div_ceil(most);
-        let rows_per_task = match tasks_per_head {
-            0 => kernel.nr,
-            n => rows.div_ceil(n).next_multiple_of(kernel.nr),
-        };
+        let rows_per_task = even_share(rows, most, kernel.nr);
         Self {
             shape,
             kernel,
-            key_block: KEY_BLOCK,
+            key_block: even_share(shape.key_len, KEY_BLOCK, kernel.mr),
             rows_per_task,
             tasks_per_head: rows.div_ceil(rows_per_task),
             longest_first: causal.is_some(),

@@ -12,19 +12,16 @@
 //! take a key block in turn while it is in L2. Work of a task at dim 64: per score 4 x 64 FLOP, two loads of half a
 //! vector each of K and V per tile row and step, one exponential.
 //!
-//! # Values behind a mask
-//! 0 x NaN is NaN, so a weight of zero does not keep a NaN or infinite value out. Skipped keys are never read and whole
-//! blocks have no zero weights by mask; where a strip sees part of a block, the values of the keys on the edge are
-//! scanned, and only if one is not finite does the strip take the careful way: a copy of the block with zeros in the
-//! place of such entries, which are then added one by one to the rows that do see them.
+//! Values behind a mask that are NaN or infinite are the business of hidden.rs; packing the queries and storing the outputs
+//! that of strip.rs.
 
 use core::ops::Range;
 
-use qkv_gemm::tile::{Acc, Columns, Rhs, Rows, tile};
+use qkv_gemm::tile::{Columns, Rhs, Rows, tile};
 use qkv_gemm::{TileOp, with_scratch};
 use qkv_simd::{Simd, SimdOp};
 
-use crate::mask::{MAX_NR, Mask, StripRows, Visible};
+use crate::mask::{Mask, StripRows, Visible};
 use crate::online_softmax::{self, SUM_CHAINS};
 use crate::plan::{Plan, Task};
 use crate::row_tiles::{RowsOp, for_row_tiles};
@@ -82,13 +79,13 @@ impl Layout {
 }
 
 /// A worker's scratch, cut into its parts.
-struct Scratch<'s> {
-    queries: &'s mut [f32],
-    outputs: &'s mut [f32],
-    state: &'s mut [f32],
-    scores: &'s mut [f32],
-    rows: &'s mut [f32],
-    values: &'s mut [f32],
+pub(crate) struct Scratch<'s> {
+    pub(crate) queries: &'s mut [f32],
+    pub(crate) outputs: &'s mut [f32],
+    pub(crate) state: &'s mut [f32],
+    pub(crate) scores: &'s mut [f32],
+    pub(crate) rows: &'s mut [f32],
+    pub(crate) values: &'s mut [f32],
 }
 
 impl<'s> Scratch<'s> {
@@ -124,13 +121,13 @@ impl<M: Mask> TileOp for Prefill<'_, '_, M> {
 }
 
 /// A task in the hands of a worker, compiled for an instruction set and its tile.
-struct Worker<'w, 'a, S, M, const MR: usize, const NV: usize> {
-    s: S,
-    call: &'w Call<'a, M>,
-    task: &'w Task,
-    scratch: Scratch<'w>,
+pub(crate) struct Worker<'w, 'a, S, M, const MR: usize, const NV: usize> {
+    pub(crate) s: S,
+    pub(crate) call: &'w Call<'a, M>,
+    pub(crate) task: &'w Task,
+    pub(crate) scratch: Scratch<'w>,
     /// Bit i: strip i has seen a block, its part of the outputs holds something.
-    started: u64,
+    pub(crate) started: u64,
 }
 
 impl<S: Simd, M: Mask, const MR: usize, const NV: usize> SimdOp for Worker<'_, '_, S, M, MR, NV> {
@@ -165,49 +162,14 @@ impl<S: Simd, M: Mask, const MR: usize, const NV: usize> SimdOp for Worker<'_, '
 
 impl<S: Simd, M: Mask, const MR: usize, const NV: usize> Worker<'_, '_, S, M, MR, NV> {
     /// Query rows in a strip.
-    const NR: usize = NV * S::LANES;
+    pub(crate) const NR: usize = NV * S::LANES;
 
     /// The rows in the lanes of a strip.
     #[inline(always)]
-    fn rows_of(&self, strip: usize) -> StripRows {
+    pub(crate) fn rows_of(&self, strip: usize) -> StripRows {
         let first = self.task.rows.start + strip * Self::NR;
         let count = Self::NR.min(self.task.rows.end - first);
         StripRows { first, count, group: self.call.plan.shape.group() }
-    }
-
-    /// Query head and position of a row of the group.
-    #[inline(always)]
-    fn head_and_position(&self, row: usize) -> (usize, usize) {
-        let group = self.call.plan.shape.group();
-        (self.task.kv_head * group + row % group, row / group)
-    }
-
-    /// Packs a strip's queries as [dk][NR], times the scale; lanes without a row are zero.
-    #[inline(always)]
-    fn pack_queries(&mut self, strip: usize) {
-        let (s, rows, dk) = (self.s, self.rows_of(strip), self.call.plan.shape.key_dim);
-        // The scale in two parts, the second what rounding took off the first: q x scale is then rounded once.
-        let high = self.call.scale as f32;
-        let low = (self.call.scale - f64::from(high)) as f32;
-        for lane in 0..Self::NR {
-            let (head, position) = self.head_and_position(rows.first + lane);
-            let to = &mut self.scratch.rows[lane * dk..][..dk];
-            if lane >= rows.count {
-                to.fill(0.0);
-                continue;
-            }
-            let from = self.call.q.row(self.task.batch, head, position);
-            let whole = dk / S::LANES * S::LANES;
-            for at in (0..whole).step_by(S::LANES) {
-                let q = s.load(&from[at..]);
-                s.store(s.mul_add(q, s.splat(high), s.mul(q, s.splat(low))), &mut to[at..]);
-            }
-            for at in whole..dk {
-                to[at] = from[at].mul_add(high, from[at] * low);
-            }
-        }
-        let packed = &mut self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR];
-        transpose(s, &self.scratch.rows[..Self::NR * dk], dk, packed, Self::NR);
     }
 
     /// Folds one block of keys into a strip: scores, softmax update, weighted values.
@@ -258,6 +220,11 @@ impl<S: Simd, M: Mask, const MR: usize, const NV: usize> Worker<'_, '_, S, M, MR
             queries: &self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR],
             scores: &mut self.scratch.scores[..keys.len() * Self::NR],
             max: [self.s.splat(f32::NEG_INFINITY); NV],
+            upcoming: (strip == 0).then(|| Upcoming {
+                v: call.v.row_ptr(self.task.batch, self.task.kv_head, keys.start),
+                stride: call.v.position_stride(),
+                dim: call.plan.shape.value_dim,
+            }),
         };
         for_row_tiles::<MR, _>(keys.len(), &mut op);
         op.max
@@ -286,118 +253,6 @@ impl<S: Simd, M: Mask, const MR: usize, const NV: usize> Worker<'_, '_, S, M, MR
         };
         for_row_tiles::<MR, _>(dv, &mut op);
     }
-
-    /// Whether a value of the keys on an edge of the mask, which some rows must not see, is NaN or infinite.
-    #[inline(always)]
-    fn has_hidden_nan(&self, keys: &Range<usize>, visible: &Visible) -> bool {
-        let s = self.s;
-        // x - x is 0 for finite x and NaN else, and once NaN the sum stays so.
-        let mut sum = s.zero();
-        for edge in
-            [keys.start..visible.whole.start.min(keys.end), visible.whole.end.max(keys.start)..keys.end]
-        {
-            for key in edge {
-                let row = self.call.v.row(self.task.batch, self.task.kv_head, key);
-                let mut at = 0;
-                while at + S::LANES <= row.len() {
-                    let x = s.load(&row[at..]);
-                    sum = s.add(sum, s.sub(x, x));
-                    at += S::LANES;
-                }
-                for &x in &row[at..] {
-                    sum = s.add(sum, s.splat(x - x));
-                }
-            }
-        }
-        s.bits(s.eq(sum, s.zero())) != (1 << S::LANES) - 1
-    }
-
-    /// Copies the values of `keys` into the scratch with zeros for NaN and infinities.
-    #[cold]
-    #[inline(never)]
-    fn copy_finite_values(&mut self, keys: &Range<usize>) {
-        let dv = self.call.plan.shape.value_dim;
-        for (key, copy) in keys.clone().zip(self.scratch.values.chunks_exact_mut(dv)) {
-            for (&x, copy) in self.call.v.row(self.task.batch, self.task.kv_head, key).iter().zip(copy) {
-                *copy = if x.is_finite() { x } else { 0.0 };
-            }
-        }
-    }
-
-    /// Adds what [`Self::copy_finite_values`] left out to the rows that do see its key.
-    #[cold]
-    #[inline(never)]
-    fn add_visible_nans(&mut self, strip: usize, keys: &Range<usize>) {
-        /// The mask's answer for one key, lane by lane: above -infinity where the key is seen.
-        struct Seen<'m, M: Mask, const NV: usize>(&'m M, StripRows, usize, usize);
-        impl<M: Mask, const NV: usize> SimdOp for Seen<'_, M, NV> {
-            type Output = [f32; MAX_NR];
-            #[inline(always)]
-            fn eval<S: Simd>(self, s: S) -> [f32; MAX_NR] {
-                let Seen(mask, rows, first_key, key) = self;
-                let mut probe: Acc<S, 1, NV> = [[s.zero(); NV]];
-                mask.apply(s, &mask.lanes(s, rows, first_key), key - first_key, &mut probe);
-                let mut seen = [0.0; MAX_NR];
-                for (v, &score) in probe[0].iter().enumerate() {
-                    s.store(score, &mut seen[v * S::LANES..]);
-                }
-                seen
-            }
-        }
-
-        let (call, rows, dv) = (self.call, self.rows_of(strip), self.call.plan.shape.value_dim);
-        let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
-        for (key, weights) in keys.clone().zip(self.scratch.scores.chunks_exact(Self::NR)) {
-            let row = call.v.row(self.task.batch, self.task.kv_head, key);
-            if row.iter().all(|x| x.is_finite()) {
-                continue;
-            }
-            let seen = self.s.vectorize(Seen::<M, NV>(&call.mask, rows, keys.start, key));
-            for (&x, outputs) in row.iter().zip(outputs.chunks_exact_mut(Self::NR)) {
-                if !x.is_finite() {
-                    for (lane, output) in outputs.iter_mut().enumerate() {
-                        if seen[lane] > f32::NEG_INFINITY {
-                            *output += weights[lane] * x;
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// Ends a strip: outputs over their sums, transposed back to rows, and the LSE.
-    #[inline(always)]
-    fn store_outputs(&mut self, strip: usize) {
-        let (s, rows, dv) = (self.s, self.rows_of(strip), self.call.plan.shape.value_dim);
-        let (max, sum) = self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR].split_at(Self::NR);
-        let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
-        if self.started >> strip & 1 == 0 {
-            outputs.fill(0.0);
-        }
-        let mut inverse = [s.zero(); NV];
-        for (v, inverse) in inverse.iter_mut().enumerate() {
-            *inverse = online_softmax::inverse_sum(s, s.load(&sum[v * S::LANES..]));
-        }
-        for row in outputs.chunks_exact_mut(Self::NR) {
-            for (v, &inverse) in inverse.iter().enumerate() {
-                let at = &mut row[v * S::LANES..];
-                s.store(s.mul(s.load(at), inverse), at);
-            }
-        }
-        let staged = &mut self.scratch.rows[..Self::NR * dv];
-        transpose(s, outputs, Self::NR, staged, dv);
-        for lane in 0..rows.count {
-            let (head, position) = self.head_and_position(rows.first + lane);
-            let to = self.call.out.row_ptr(self.task.batch, head, position);
-            // SAFETY: the row exists and has dv values; it belongs to this task alone, and scratch is elsewhere.
-            unsafe { to.copy_from_nonoverlapping(self.scratch.rows[lane * dv..][..dv].as_ptr(), dv) };
-            if let Some(lse) = &self.call.lse {
-                let to = lse.row_ptr(self.task.batch, head, position);
-                // SAFETY: as above, a row of one value.
-                unsafe { *to = online_softmax::lse(max[lane], sum[lane]) };
-            }
-        }
-    }
 }
 
 /// The first product: tile rows are keys, lanes are queries.
@@ -413,6 +268,27 @@ struct Scores<'w, S: Simd, M: Mask, const NV: usize> {
     queries: &'w [f32],
     scores: &'w mut [f32],
     max: [S::F32; NV],
+    upcoming: Option<Upcoming>,
+}
+
+/// Value rows that the second product will read: as columns, in steps of a whole row, which the hardware does not
+/// foresee. The first strip that reads a block asks for them in good time, row by row.
+#[derive(Clone, Copy)]
+struct Upcoming {
+    v: *const f32,
+    stride: isize,
+    dim: usize,
+}
+
+impl Upcoming {
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, rows: Range<usize>) {
+        for row in rows {
+            for at in (0..self.dim).step_by(16) {
+                s.prefetch(self.v.wrapping_offset(row as isize * self.stride).wrapping_add(at));
+            }
+        }
+    }
 }
 
 impl<S: Simd, M: Mask, const NV: usize> RowsOp for Scores<'_, S, M, NV> {
@@ -422,6 +298,9 @@ impl<S: Simd, M: Mask, const NV: usize> RowsOp for Scores<'_, S, M, NV> {
         let lhs = Rows { ptr: self.k.wrapping_offset(first as isize * self.k_stride), stride: self.k_stride };
         let rhs = Rhs { ptr: self.queries.as_ptr(), stride: nr as isize };
         debug_assert_eq!(self.queries.len(), self.depth * nr);
+        if let Some(upcoming) = self.upcoming {
+            upcoming.prefetch(s, first..first + ROWS);
+        }
         // SAFETY: key rows first..first + ROWS exist and have `depth` values; the packed queries are [depth][nr].
         let mut acc = unsafe { tile::<S, _, ROWS, NV>(s, self.depth, lhs, rhs) };
         if first < self.whole.start || first + ROWS > self.whole.end {
@@ -467,29 +346,6 @@ impl<S: Simd, const NV: usize> RowsOp for WeightedSum<'_, S, NV> {
                 };
                 s.store(value, at);
             }
-        }
-    }
-}
-
-/// `to[j][i] = from[i][j]`: `from` has rows of `columns` values, `to` rows of `rows` values, `rows` a multiple of LANES or
-/// `columns` one (the packed side always is).
-#[inline(always)]
-fn transpose<S: Simd>(s: S, from: &[f32], columns: usize, to: &mut [f32], rows: usize) {
-    assert!(from.len() == rows * columns && to.len() == rows * columns);
-    let (whole_rows, whole_columns) = (rows / S::LANES * S::LANES, columns / S::LANES * S::LANES);
-    for i in (0..whole_rows).step_by(S::LANES) {
-        for j in (0..whole_columns).step_by(S::LANES) {
-            // SAFETY: the square of LANES rows and columns at (i, j) lies inside both, which do not overlap.
-            unsafe {
-                let from = from.as_ptr().add(i * columns + j);
-                s.transpose(from, columns as isize, to.as_mut_ptr().add(j * rows + i), rows as isize);
-            }
-        }
-    }
-    for i in 0..rows {
-        let rest = if i < whole_rows { whole_columns } else { 0 };
-        for j in rest..columns {
-            to[j * rows + i] = from[i * columns + j];
         }
     }
 }

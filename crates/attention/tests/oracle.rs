@@ -7,7 +7,7 @@ use qkv_attention::{AttentionSpec, Causal, reference};
 
 #[test]
 fn lengths_and_dims_at_the_edges() {
-    let lengths = [0, 1, 2, 5, 6, 7, 15, 16, 17, 95, 96, 97, 200];
+    let lengths = [0, 1, 2, 5, 6, 7, 15, 16, 17, 95, 96, 97, 127, 128, 129, 131, 132, 133, 200, 257];
     for query_len in lengths {
         for key_len in lengths {
             for causal in [None, Some(Causal::TopLeft), Some(Causal::BottomRight)] {
