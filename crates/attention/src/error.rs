@@ -18,6 +18,8 @@ pub enum Argument {
     Output,
     /// The log-sum-exp, (batch, query heads, query length).
     Lse,
+    /// The row maxima, (batch, query heads, query length).
+    Maxima,
 }
 
 impl fmt::Display for Argument {
@@ -28,6 +30,7 @@ impl fmt::Display for Argument {
             Argument::Value => "value",
             Argument::Output => "output",
             Argument::Lse => "lse",
+            Argument::Maxima => "maxima",
         })
     }
 }
@@ -121,6 +124,8 @@ pub enum AttentionError {
     },
     /// The buffer for the log-sum-exp has the wrong length.
     LseLength {
+        /// Which: the LSE or the row maxima.
+        argument: Argument,
         /// Values that came.
         given: usize,
         /// batch x heads x query length.
@@ -136,12 +141,100 @@ pub enum AttentionError {
         /// (batch, heads, length, dim).
         shape: [usize; 4],
     },
-    /// A tensor is longer than positions can be counted (2^48).
+    /// A tensor is longer than positions can be counted: 2^48, or 2^24 where a rule or ALiBi counts them in f32.
     TooLong {
         /// The argument at fault.
         argument: Argument,
         /// Its length.
         given: usize,
+        /// The longest allowed.
+        limit: usize,
+    },
+    /// The soft cap is not a positive finite number.
+    BadSoftcap {
+        /// The cap that came.
+        given: f32,
+    },
+    /// A mask, a bias or a block table does not broadcast to what it is for.
+    DoesNotBroadcast {
+        /// "mask", "bias" or "block_mask".
+        argument: &'static str,
+        /// Its shape.
+        given: [usize; 4],
+        /// The shape to which it must broadcast: each size equal or 1.
+        expected: [usize; 4],
+    },
+    /// A list has the wrong number of entries.
+    Count {
+        /// Which: "alibi_slopes", "sinks", "key_lengths", ...
+        argument: &'static str,
+        /// Entries that came.
+        given: usize,
+        /// What was expected.
+        expected: usize,
+    },
+    /// An entry of a list is not what it may be.
+    Entry {
+        /// Which list.
+        argument: &'static str,
+        /// Which entry.
+        index: usize,
+        /// Its value.
+        given: f64,
+        /// What was expected.
+        expected: &'static str,
+    },
+    /// A length or offset lies beyond the sequence that it counts in.
+    Beyond {
+        /// Which list.
+        argument: &'static str,
+        /// Which entry.
+        index: usize,
+        /// Its value.
+        given: usize,
+        /// The largest allowed.
+        limit: usize,
+    },
+    /// A list that must ascend does not.
+    Decreasing {
+        /// Which list.
+        argument: &'static str,
+        /// The entry that is below the one before.
+        index: usize,
+        /// Its value.
+        given: usize,
+        /// The value before.
+        before: usize,
+    },
+    /// T5's buckets and distance do not fit each other.
+    BadT5Bias {
+        /// Buckets that came.
+        buckets: usize,
+        /// Distance that came.
+        max_distance: usize,
+        /// What was expected.
+        expected: &'static str,
+    },
+    /// A window with dilation 0.
+    ZeroDilation,
+    /// A block-sparse mask with an empty block.
+    BlockMaskBlock {
+        /// (queries, keys) per block.
+        given: [usize; 2],
+    },
+    /// An index outside the block table.
+    BlockMaskIndex {
+        /// (batch, head, query block, key block).
+        given: [usize; 4],
+        /// The table's shape.
+        shape: [usize; 4],
+    },
+    /// An option that does not go with another or with this kind of call.
+    NotTogether {
+        /// The option.
+        argument: &'static str,
+        /// With what.
+        with: &'static str,
     },
     /// `QKV_ISA` or the requested instruction set cannot be used.
     Isa(IsaError),
@@ -159,8 +252,8 @@ impl fmt::Display for AttentionError {
             AttentionError::HeadsNotDivisible { query_heads, kv_heads } => {
                 write!(f, "query: {query_heads} heads, expected a multiple of the {kv_heads} key/value heads")
             }
-            AttentionError::LseLength { given, expected } => {
-                write!(f, "lse: {given} values, expected batch x heads x query length = {expected}")
+            AttentionError::LseLength { argument, given, expected } => {
+                write!(f, "{argument}: {given} values, expected batch x heads x query length = {expected}")
             }
             AttentionError::BadScale { given } => {
                 write!(f, "scale: {given}, expected a finite number")
@@ -168,8 +261,39 @@ impl fmt::Display for AttentionError {
             AttentionError::TooLarge { shape } => {
                 write!(f, "output: shape {shape:?} does not fit the address space")
             }
-            AttentionError::TooLong { argument, given } => {
-                write!(f, "{argument}: length {given}, expected at most 2^48")
+            AttentionError::TooLong { argument, given, limit } => {
+                write!(f, "{argument}: length {given}, expected at most {limit}")
+            }
+            AttentionError::BadSoftcap { given } => {
+                write!(f, "softcap: {given}, expected a positive finite number")
+            }
+            AttentionError::DoesNotBroadcast { argument, given, expected } => {
+                write!(f, "{argument}: shape {given:?} does not broadcast to {expected:?}")
+            }
+            AttentionError::Count { argument, given, expected } => {
+                write!(f, "{argument}: {given} entries, expected {expected}")
+            }
+            AttentionError::Entry { argument, index, given, expected } => {
+                write!(f, "{argument}[{index}]: {given}, expected {expected}")
+            }
+            AttentionError::Beyond { argument, index, given, limit } => {
+                write!(f, "{argument}[{index}]: {given}, expected at most {limit}")
+            }
+            AttentionError::Decreasing { argument, index, given, before } => {
+                write!(f, "{argument}[{index}]: {given} after {before}, expected ascending")
+            }
+            AttentionError::BadT5Bias { buckets, max_distance, expected } => {
+                write!(f, "t5_bias: {buckets} buckets up to distance {max_distance}, expected {expected}")
+            }
+            AttentionError::ZeroDilation => write!(f, "window: dilation 0, expected at least 1"),
+            AttentionError::BlockMaskBlock { given } => {
+                write!(f, "block_mask: blocks of {given:?}, expected at least 1 x 1")
+            }
+            AttentionError::BlockMaskIndex { given, shape } => {
+                write!(f, "block_mask: index {given:?} outside the table of {shape:?}")
+            }
+            AttentionError::NotTogether { argument, with } => {
+                write!(f, "{argument}: not supported together with {with}")
             }
             AttentionError::Isa(error) => error.fmt(f),
         }

@@ -3,9 +3,13 @@
 use qkv_gemm::with_tile;
 use qkv_simd::Isa;
 
+use crate::check::{ascending, check_axis, check_inputs, check_per_sequence, count, short_enough};
+use crate::interval::Segment;
 use crate::parallel::for_each_task;
-use crate::plan::{Plan, Shape};
+use crate::plan::{BlockCounts, Plan, Sequences, Shape};
 use crate::prefill::{Call, Prefill};
+use crate::rule::{NoRule, ScoreRule};
+use crate::score_ops::Units;
 use crate::{Argument, AttentionError, AttentionSpec, Tensor, TensorMut, TensorRef};
 
 /// Where results go.
@@ -13,9 +17,31 @@ use crate::{Argument, AttentionError, AttentionSpec, Tensor, TensorMut, TensorRe
 pub struct Outputs<'a> {
     /// (batch, query heads, query length, value dim), any strides.
     pub out: TensorMut<'a>,
-    /// The natural log of the sum of exponentials of each query's visible scores, contiguous (batch, query heads,
-    /// query length); -infinity for a query that sees no key.
+    /// The natural log of the sum of exponentials of each query's visible scores and its sink, contiguous (batch, query
+    /// heads, query length); -infinity for a query that sees no key and has no sink.
     pub lse: Option<&'a mut [f32]>,
+    /// The largest of each query's visible scores and its sink, in the same shape.
+    pub maxima: Option<&'a mut [f32]>,
+}
+
+impl<'a> Outputs<'a> {
+    /// Only the output.
+    #[must_use]
+    pub fn new(out: TensorMut<'a>) -> Self {
+        Self { out, lse: None, maxima: None }
+    }
+
+    /// And the log-sum-exp.
+    #[must_use]
+    pub fn with_lse(self, lse: &'a mut [f32]) -> Self {
+        Self { lse: Some(lse), ..self }
+    }
+
+    /// And the row maxima.
+    #[must_use]
+    pub fn with_maxima(self, maxima: &'a mut [f32]) -> Self {
+        Self { maxima: Some(maxima), ..self }
+    }
 }
 
 /// Attention: softmax(scale q k^T + mask) v, into a new tensor (batch, query heads, query length, value dim).
@@ -25,15 +51,15 @@ pub struct Outputs<'a> {
 /// valid. A query that sees no key gives 0.
 ///
 /// # Errors
-/// Where shapes do not fit each other or the scale is not finite.
+/// Where shapes do not fit each other, or the spec does not fit them.
 pub fn attention(
     q: TensorRef<'_>,
     k: TensorRef<'_>,
     v: TensorRef<'_>,
-    spec: &AttentionSpec,
+    spec: &AttentionSpec<'_>,
 ) -> Result<Tensor, AttentionError> {
     let mut out = new_output(&check_inputs(q, k, v, spec)?)?;
-    attention_into(q, k, v, spec, Outputs { out: out.view_mut(), lse: None })?;
+    attention_into(q, k, v, spec, Outputs::new(out.view_mut()))?;
     Ok(out)
 }
 
@@ -45,12 +71,12 @@ pub fn attention_with_lse(
     q: TensorRef<'_>,
     k: TensorRef<'_>,
     v: TensorRef<'_>,
-    spec: &AttentionSpec,
+    spec: &AttentionSpec<'_>,
 ) -> Result<(Tensor, Vec<f32>), AttentionError> {
     let shape = check_inputs(q, k, v, spec)?;
     let mut out = new_output(&shape)?;
     let mut lse = vec![0.0; lse_shape(&shape).iter().product()];
-    attention_into(q, k, v, spec, Outputs { out: out.view_mut(), lse: Some(&mut lse) })?;
+    attention_into(q, k, v, spec, Outputs::new(out.view_mut()).with_lse(&mut lse))?;
     Ok((out, lse))
 }
 
@@ -64,25 +90,80 @@ pub fn attention_into(
     q: TensorRef<'_>,
     k: TensorRef<'_>,
     v: TensorRef<'_>,
-    spec: &AttentionSpec,
+    spec: &AttentionSpec<'_>,
+    outputs: Outputs<'_>,
+) -> Result<(), AttentionError> {
+    attention_with_rule(q, k, v, spec, NoRule, outputs)
+}
+
+/// [`attention_into`] with a caller's own rule for scores; see [`crate::rule`].
+///
+/// # Errors
+/// As [`attention_into`], and where a sequence is longer than 2^24.
+pub fn attention_with_rule<R: ScoreRule>(
+    q: TensorRef<'_>,
+    k: TensorRef<'_>,
+    v: TensorRef<'_>,
+    spec: &AttentionSpec<'_>,
+    rule: R,
     outputs: Outputs<'_>,
 ) -> Result<(), AttentionError> {
     let shape = check_inputs(q, k, v, spec)?;
-    let Outputs { out, lse } = outputs;
+    let sequences = batches(&shape, spec)?;
+    run(q, k, v, spec, rule, outputs, (shape, sequences))
+}
+
+/// Where sequences of different lengths begin and end in a packed batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packed<'a> {
+    /// Sequence i is rows `query_ends[i]` .. `query_ends[i + 1]` of the queries and outputs: ascending, from 0 to their
+    /// length (cu_seqlens).
+    pub query_ends: &'a [usize],
+    /// The same for keys and values.
+    pub key_ends: &'a [usize],
+}
+
+/// Attention of sequences packed one after the other along the length of batch 1: (1, heads, total length, dim).
+///
+/// Alignments, windows and biases count within each sequence, and what the spec gives per batch is per sequence. A
+/// sequence's result has the same bits as if it were computed alone. Sequences of length 0 are valid.
+///
+/// # Errors
+/// As [`attention_into`]; where the ends do not ascend from 0 to the length; and for masks, biases, key lengths,
+/// documents and block masks, which have no meaning here.
+pub fn attention_packed(
+    q: TensorRef<'_>,
+    k: TensorRef<'_>,
+    v: TensorRef<'_>,
+    packed: Packed<'_>,
+    spec: &AttentionSpec<'_>,
+    outputs: Outputs<'_>,
+) -> Result<(), AttentionError> {
+    let shape = check_inputs(q, k, v, spec)?;
+    let sequences = packed_sequences(&shape, packed, spec)?;
+    run(q, k, v, spec, NoRule, outputs, (shape, sequences))
+}
+
+fn run<R: ScoreRule>(
+    q: TensorRef<'_>,
+    k: TensorRef<'_>,
+    v: TensorRef<'_>,
+    spec: &AttentionSpec<'_>,
+    rule: R,
+    outputs: Outputs<'_>,
+    (shape, sequences): (Shape, Sequences),
+) -> Result<(), AttentionError> {
+    let Outputs { out, lse, maxima } = outputs;
     check_output(&shape, &out)?;
-    let lse = lse.map(|lse| lse_view(&shape, lse)).transpose()?;
+    let lse = lse.map(|lse| per_row_view(&shape, Argument::Lse, lse)).transpose()?;
+    let maxima = maxima.map(|maxima| per_row_view(&shape, Argument::Maxima, maxima)).transpose()?;
+    if R::ACTIVE {
+        short_enough(&shape)?;
+    }
     let isa = Isa::active()?;
-    let plan = Plan::new(shape, spec.causal, isa);
-    let call = Call {
-        q,
-        k,
-        v,
-        out,
-        lse,
-        mask: shape.mask(spec.causal),
-        scale: spec.scale_for(shape.key_dim) * core::f64::consts::LOG2_E,
-        plan,
-    };
+    let plan = Plan::new(shape, spec, sequences, isa);
+    let units = Units::new(spec, shape.key_dim, R::ACTIVE);
+    let call = Call { q, k, v, out, lse, maxima, weights: None, spec, rule, units, plan };
     let inline = shape.flops(spec.causal) < INLINE_FLOPS;
     for_each_task(call.plan.tasks(), inline, |index| {
         with_tile(isa, Prefill { call: &call, task: call.plan.task(index) });
@@ -90,7 +171,8 @@ pub fn attention_into(
     Ok(())
 }
 
-/// What [`attention`] would do for these tensors, without doing it.
+/// What [`attention`] would do for these tensors, without doing it: the plan, and how much of the score matrix is
+/// computed.
 ///
 /// # Errors
 /// As [`attention`].
@@ -98,71 +180,87 @@ pub fn explain(
     q: TensorRef<'_>,
     k: TensorRef<'_>,
     v: TensorRef<'_>,
-    spec: &AttentionSpec,
-) -> Result<Plan, AttentionError> {
-    Ok(Plan::new(check_inputs(q, k, v, spec)?, spec.causal, Isa::active()?))
+    spec: &AttentionSpec<'_>,
+) -> Result<Explanation, AttentionError> {
+    let shape = check_inputs(q, k, v, spec)?;
+    let plan = Plan::new(shape, spec, batches(&shape, spec)?, Isa::active()?);
+    let blocks = plan.count_blocks(spec);
+    Ok(Explanation { plan, blocks })
+}
+
+/// What [`explain`] answers; `Display` prints it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Explanation {
+    /// Kernel, block sizes, tasks, scratch.
+    pub plan: Plan,
+    /// Whole, partial and skipped blocks.
+    pub blocks: BlockCounts,
+}
+
+impl core::fmt::Display for Explanation {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let BlockCounts { whole, partial, skipped } = self.blocks;
+        write!(f, "{}; blocks: {whole} whole, {partial} partial, {skipped} skipped", self.plan)
+    }
 }
 
 /// Below this much work another thread is not worth waking: about 15 microseconds of one core, a few times the cost of
 /// a wake-up.
 const INLINE_FLOPS: f64 = 1e6;
 
-/// Positions are counted in i64 and compared with offsets; this leaves room for their sums.
-const MAX_LENGTH: usize = 1 << 48;
-
-fn check_inputs(
-    q: TensorRef<'_>,
-    k: TensorRef<'_>,
-    v: TensorRef<'_>,
-    spec: &AttentionSpec,
-) -> Result<Shape, AttentionError> {
-    let [batch, query_heads, query_len, key_dim] = q.shape();
-    let [_, kv_heads, key_len, value_dim] = [0, k.shape()[1], k.shape()[2], v.shape()[3]];
-    let shape = Shape { batch, query_heads, kv_heads, query_len, key_len, key_dim, value_dim };
-
-    let axes = ["batch", "heads", "length", "head dim"];
-    let expected_of_key = [batch, kv_heads, key_len, key_dim];
-    let expected_of_value = [batch, kv_heads, key_len, value_dim];
-    for (axis, name) in axes.into_iter().enumerate() {
-        check_axis(Argument::Key, name, k.shape()[axis], expected_of_key[axis], Argument::Query)?;
-        let origin = if axis == 0 { Argument::Query } else { Argument::Key };
-        check_axis(Argument::Value, name, v.shape()[axis], expected_of_value[axis], origin)?;
-    }
-    for (argument, axis, size) in [
-        (Argument::Query, "heads", query_heads),
-        (Argument::Key, "heads", kv_heads),
-        (Argument::Query, "head dim", key_dim),
-    ] {
-        if size == 0 {
-            return Err(AttentionError::ZeroSize { argument, axis });
-        }
-    }
-    if query_heads % kv_heads != 0 {
-        return Err(AttentionError::HeadsNotDivisible { query_heads, kv_heads });
-    }
-    for (argument, given) in [(Argument::Query, query_len), (Argument::Key, key_len)] {
-        if given > MAX_LENGTH {
-            return Err(AttentionError::TooLong { argument, given });
-        }
-    }
-    match spec.scale {
-        Some(given) if !given.is_finite() => Err(AttentionError::BadScale { given }),
-        _ => Ok(shape),
-    }
+/// One sequence per batch.
+pub(crate) fn batches(shape: &Shape, spec: &AttentionSpec<'_>) -> Result<Sequences, AttentionError> {
+    check_per_sequence(shape, spec, shape.batch)?;
+    Ok(Sequences::Batches { key_lengths: spec.key_lengths.map(<[usize]>::to_vec) })
 }
 
-fn check_axis(
-    argument: Argument,
-    axis: &'static str,
-    given: usize,
-    expected: usize,
-    because_of: Argument,
-) -> Result<(), AttentionError> {
-    if given == expected {
-        Ok(())
-    } else {
-        Err(AttentionError::ShapeMismatch { argument, axis, given, expected, because_of })
+fn packed_sequences(
+    shape: &Shape,
+    packed: Packed<'_>,
+    spec: &AttentionSpec<'_>,
+) -> Result<Sequences, AttentionError> {
+    check_axis(Argument::Query, "batch", shape.batch, 1, Argument::Query)?;
+    for (argument, given) in [
+        ("mask", spec.mask.is_some()),
+        ("bias", spec.bias.is_some()),
+        ("block_mask", spec.block_mask.is_some()),
+        ("key_lengths", spec.key_lengths.is_some()),
+        ("documents", spec.documents.is_some()),
+    ] {
+        if given {
+            return Err(AttentionError::NotTogether { argument, with: "a packed batch" });
+        }
     }
+    let Packed { query_ends, key_ends } = packed;
+    for (argument, ends, length) in
+        [("query_ends", query_ends, shape.query_len), ("key_ends", key_ends, shape.key_len)]
+    {
+        ascending(argument, ends, length)?;
+        match (ends.first(), ends.last()) {
+            (Some(0), Some(&last)) if last == length => {}
+            (Some(0), Some(&last)) => {
+                return Err(AttentionError::Count { argument, given: last, expected: length });
+            }
+            (Some(&first), _) => {
+                return Err(AttentionError::Beyond { argument, index: 0, given: first, limit: 0 });
+            }
+            (None, _) => return Err(AttentionError::Count { argument, given: 0, expected: 1 }),
+        }
+    }
+    count("key_ends", key_ends.len(), query_ends.len())?;
+    check_per_sequence(shape, spec, query_ends.len() - 1)?;
+    let segments = query_ends.windows(2).zip(key_ends.windows(2)).enumerate().map(|(index, (query, key))| {
+        let segment = Segment {
+            batch: 0,
+            index,
+            first_query: query[0],
+            query_len: query[1] - query[0],
+            first_key: key[0],
+            key_len: key[1] - key[0],
+        };
+        (segment, 0)
+    });
+    Ok(Sequences::Packed(segments.collect()))
 }
 
 fn output_shape(shape: &Shape) -> [usize; 4] {
@@ -188,14 +286,21 @@ fn new_output(shape: &Shape) -> Result<Tensor, AttentionError> {
     Tensor::zeros(shape).map_err(|_| AttentionError::TooLarge { shape })
 }
 
-fn lse_view<'a>(shape: &Shape, lse: &'a mut [f32]) -> Result<TensorMut<'a>, AttentionError> {
+fn per_row_view<'a>(
+    shape: &Shape,
+    argument: Argument,
+    values: &'a mut [f32],
+) -> Result<TensorMut<'a>, AttentionError> {
     let [batch, heads, length] = lse_shape(shape);
     // The output of this shape exists, or is empty because of its dim, so the product of the first two fits.
     let expected = batch.saturating_mul(heads).saturating_mul(length);
-    let given = lse.len();
+    let given = values.len();
     if given != expected {
-        return Err(AttentionError::LseLength { given, expected });
+        return Err(AttentionError::LseLength { argument, given, expected });
     }
-    TensorMut::from_slice(lse, [batch, heads, length, 1])
-        .map_err(|_| AttentionError::LseLength { given, expected })
+    TensorMut::from_slice(values, [batch, heads, length, 1]).map_err(|_| AttentionError::LseLength {
+        argument,
+        given,
+        expected,
+    })
 }

@@ -1,89 +1,112 @@
 //! Values behind a mask that are NaN or infinite.
 //!
-//! 0 x NaN is NaN, so a weight of zero does not keep such a value out of a sum. Skipped keys are never read and whole
-//! blocks have no zero weights by mask. Where a strip sees part of a block, the values of the keys on the edge are
-//! scanned, and only if one is not finite does the strip take the careful way: a copy of the block with zeros in
-//! the place of such entries, which are then added one by one to the rows that do see them.
+//! 0 x NaN is NaN, so a weight of zero does not keep such a value out of a sum. Skipped keys are never read, and a block that
+//! all lanes see has no zero weights by mask. Where some lanes do not see a key, its values are scanned (the keys on
+//! the edge of an interval per strip; all keys of a block, once for all strips, where bits or a bias may mask any of
+//! them), and only if one is not finite does the strip take the careful way: a copy of the block with zeros in the place
+//! of such entries, which are then added one by one to the rows that do see them.
 
 use core::ops::Range;
 
-use qkv_gemm::tile::Acc;
-use qkv_simd::{Simd, SimdOp};
+use qkv_simd::Simd;
 
-use crate::mask::{MAX_NR, Mask, StripRows, Visible};
-use crate::prefill::Worker;
+use crate::interval::Visible;
+use crate::prefill::{MAX_KEY_BLOCK, Worker};
+use crate::rule::ScoreRule;
 
-impl<S: Simd, M: Mask, const MR: usize, const NV: usize> Worker<'_, '_, S, M, MR, NV> {
-    /// Whether a value of the keys on an edge of the mask, which some rows must not see, is NaN or infinite.
+/// Which lanes see each key of a block: above -infinity, or NaN, before the scores become weights.
+pub(crate) type Seen = [u64; MAX_KEY_BLOCK];
+
+impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, R, MR, NV> {
+    /// Whether a value of `keys` that some lanes of a strip may not see is NaN or infinite.
+    ///
+    /// `anywhere`: any key may be masked, not only those on the edge of the interval.
     #[inline(always)]
-    pub(crate) fn has_hidden_nan(&self, keys: &Range<usize>, visible: &Visible) -> bool {
+    pub(crate) fn has_hidden_nan(&mut self, keys: &Range<usize>, visible: &Visible, anywhere: bool) -> bool {
+        if anywhere {
+            let block = self.block_index(keys.start);
+            if self.scanned != Some(block) {
+                self.scanned = Some(block);
+                let keys =
+                    block * self.key_block..((block + 1) * self.key_block).min(self.task.segment.key_len);
+                self.scan_found = self.any_not_finite(keys);
+            }
+            return self.scan_found;
+        }
+        self.any_not_finite(keys.start..visible.whole.start.min(keys.end))
+            || self.any_not_finite(visible.whole.end.max(keys.start)..keys.end)
+    }
+
+    #[inline(always)]
+    fn any_not_finite(&self, keys: Range<usize>) -> bool {
         let s = self.s;
-        // x - x is 0 for finite x and NaN else, and once NaN the sum stays so.
-        let mut sum = s.zero();
-        for edge in
-            [keys.start..visible.whole.start.min(keys.end), visible.whole.end.max(keys.start)..keys.end]
-        {
-            for key in edge {
-                let row = self.call.v.row(self.task.batch, self.task.kv_head, key);
-                let mut at = 0;
-                while at + S::LANES <= row.len() {
-                    let x = s.load(&row[at..]);
-                    sum = s.add(sum, s.sub(x, x));
-                    at += S::LANES;
+        // x - x is 0 for finite x and NaN else, and once NaN a sum stays so. Four sums, for one alone would wait for each
+        // of its additions.
+        let mut sums = [s.zero(); 4];
+        for key in keys {
+            let row = self.value_row(key);
+            let mut at = 0;
+            while at + 4 * S::LANES <= row.len() {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    let x = s.load(&row[at + i * S::LANES..]);
+                    *sum = s.add(*sum, s.sub(x, x));
                 }
-                for &x in &row[at..] {
-                    sum = s.add(sum, s.splat(x - x));
-                }
+                at += 4 * S::LANES;
+            }
+            while at + S::LANES <= row.len() {
+                let x = s.load(&row[at..]);
+                sums[0] = s.add(sums[0], s.sub(x, x));
+                at += S::LANES;
+            }
+            for &x in &row[at..] {
+                let x = s.splat(x);
+                sums[0] = s.add(sums[0], s.sub(x, x));
             }
         }
+        let sum = s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]));
         s.bits(s.eq(sum, s.zero())) != (1 << S::LANES) - 1
     }
 
-    /// Copies the values of `keys` into the scratch with zeros for NaN and infinities.
+    /// Copies the values of `keys` into the scratch with zeros for NaN and infinities, and says who sees which key; to
+    /// be called while the scratch still holds scores.
     #[cold]
     #[inline(never)]
-    pub(crate) fn copy_finite_values(&mut self, keys: &Range<usize>) {
+    pub(crate) fn copy_finite_values(&mut self, keys: &Range<usize>) -> Seen {
         let dv = self.call.plan.shape.value_dim;
-        for (key, copy) in keys.clone().zip(self.scratch.values.chunks_exact_mut(dv)) {
-            for (&x, copy) in self.call.v.row(self.task.batch, self.task.kv_head, key).iter().zip(copy) {
+        let mut seen = [0; MAX_KEY_BLOCK];
+        for (i, key) in keys.clone().enumerate() {
+            let first = self.call.v.row(
+                self.task.segment.batch,
+                self.task.kv_head,
+                self.task.segment.first_key + key,
+            );
+            for (&x, copy) in first.iter().zip(&mut self.scratch.values[i * dv..]) {
                 *copy = if x.is_finite() { x } else { 0.0 };
             }
+            for (lane, &score) in self.scratch.scores[i * Self::NR..][..Self::NR].iter().enumerate() {
+                seen[i] |= u64::from(score != f32::NEG_INFINITY) << lane;
+            }
         }
+        seen
     }
 
-    /// Adds what [`Self::copy_finite_values`] left out to the rows that do see its key.
+    /// Adds what [`Self::copy_finite_values`] left out to the rows that see its key.
     #[cold]
     #[inline(never)]
-    pub(crate) fn add_visible_nans(&mut self, strip: usize, keys: &Range<usize>) {
-        /// The mask's answer for one key, lane by lane: above -infinity where the key is seen.
-        struct Seen<'m, M: Mask, const NV: usize>(&'m M, StripRows, usize, usize);
-        impl<M: Mask, const NV: usize> SimdOp for Seen<'_, M, NV> {
-            type Output = [f32; MAX_NR];
-            #[inline(always)]
-            fn eval<S: Simd>(self, s: S) -> [f32; MAX_NR] {
-                let Seen(mask, rows, first_key, key) = self;
-                let mut probe: Acc<S, 1, NV> = [[s.zero(); NV]];
-                mask.apply(s, &mask.lanes(s, rows, first_key), key - first_key, &mut probe);
-                let mut seen = [0.0; MAX_NR];
-                for (v, &score) in probe[0].iter().enumerate() {
-                    s.store(score, &mut seen[v * S::LANES..]);
-                }
-                seen
-            }
-        }
-
-        let (call, rows, dv) = (self.call, self.rows_of(strip), self.call.plan.shape.value_dim);
-        let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
-        for (key, weights) in keys.clone().zip(self.scratch.scores.chunks_exact(Self::NR)) {
-            let row = call.v.row(self.task.batch, self.task.kv_head, key);
-            if row.iter().all(|x| x.is_finite()) {
-                continue;
-            }
-            let seen = self.s.vectorize(Seen::<M, NV>(&call.mask, rows, keys.start, key));
+    pub(crate) fn add_visible_nans(&mut self, strip: usize, keys: &Range<usize>, seen: &Seen) {
+        let dv = self.call.plan.shape.value_dim;
+        for (i, key) in keys.clone().enumerate() {
+            let row = self.call.v.row(
+                self.task.segment.batch,
+                self.task.kv_head,
+                self.task.segment.first_key + key,
+            );
+            let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
+            let weights = &self.scratch.scores[i * Self::NR..][..Self::NR];
             for (&x, outputs) in row.iter().zip(outputs.chunks_exact_mut(Self::NR)) {
                 if !x.is_finite() {
                     for (lane, output) in outputs.iter_mut().enumerate() {
-                        if seen[lane] > f32::NEG_INFINITY {
+                        if seen[i] >> lane & 1 == 1 {
                             *output += weights[lane] * x;
                         }
                     }

@@ -1,20 +1,38 @@
-//! attention
+//! Fused attention: one streaming pass over tiles of scores, no score matrix.
+//!
+//! [`attention`] is the way in; [`AttentionSpec`] says what is asked beyond the tensors, [`rule`] is for a caller's own
+//! rule for scores, [`merge`] joins results over different keys, and [`reference`] computes the same by the book.
+//! docs/ARCHITECTURE.md follows one call through the files.
+
+mod block_mask;
+mod check;
 mod error;
 mod forward;
 mod hidden;
-mod mask;
+mod interval;
+pub mod merge;
 mod online_softmax;
+mod panels;
 mod parallel;
 mod plan;
 mod prefill;
 pub mod reference;
 mod row_tiles;
+pub mod rule;
+mod runs;
+mod score_ops;
 mod spec;
 mod strip;
 mod tensor;
+mod weights;
 
+pub use block_mask::BlockMask;
 pub use error::{Argument, AttentionError, TensorError};
-pub use forward::{Outputs, attention, attention_into, attention_with_lse, explain};
-pub use plan::{Plan, Shape};
-pub use spec::{AttentionSpec, Causal};
-pub use tensor::{Tensor, TensorMut, TensorRef};
+pub use forward::{
+    Explanation, Outputs, Packed, attention, attention_into, attention_packed, attention_with_lse,
+    attention_with_rule, explain,
+};
+pub use plan::{BlockCounts, Plan, Shape};
+pub use spec::{AttentionSpec, Bias, Causal, T5Bias, Window};
+pub use tensor::{Broadcast, HalfKind, Tensor, TensorMut, TensorRef};
+pub use weights::{Selection, attention_weights};

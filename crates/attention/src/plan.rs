@@ -13,8 +13,11 @@ use core::ops::Range;
 use qkv_gemm::KernelShape;
 use qkv_simd::Isa;
 
-use crate::Causal;
-use crate::mask::Positional;
+use crate::interval::{self, Segment};
+use crate::online_softmax::SUM_CHAINS;
+use crate::runs::Runs;
+use crate::strip::StripRows;
+use crate::{AttentionSpec, Causal};
 
 /// Sizes of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,35 +54,40 @@ impl Shape {
             let ramp = x.clamp(0.0, keys);
             ramp * (ramp + 1.0) / 2.0 + (x - keys).max(0.0) * keys
         };
-        let per_head = match self.mask(causal).causal_offset {
+        let per_head = match causal.map(|causal| causal.offset(self.query_len, self.key_len) as f64) {
             None => rows * keys,
-            Some(offset) => upto(rows + offset as f64) - upto(offset as f64),
+            Some(offset) => upto(rows + offset) - upto(offset),
         };
         let heads = self.batch as f64 * self.query_heads as f64;
         per_head * heads * 2.0 * (self.key_dim as f64 + self.value_dim as f64)
     }
+}
 
-    pub(crate) fn mask(&self, causal: Option<Causal>) -> Positional {
-        Positional {
-            key_len: self.key_len,
-            causal_offset: causal.map(|c| c.offset(self.query_len, self.key_len)),
-        }
-    }
+/// Which rows of the tensors are sequences.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Sequences {
+    /// One per batch.
+    Batches {
+        /// Their key lengths, where they are not all the tensor's.
+        key_lengths: Option<Vec<usize>>,
+    },
+    /// One after the other in batch 0: the segment of each, and the number of the first task of it.
+    Packed(Vec<(Segment, usize)>),
 }
 
 /// One piece of work.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Task {
-    pub(crate) batch: usize,
+    pub(crate) segment: Segment,
     pub(crate) kv_head: usize,
     /// Rows of the group, see the module's text.
     pub(crate) rows: Range<usize>,
 }
 
 /// Keys in a block. A block's scores, for one strip of queries, are read and written three times and should stay in L1
-/// beside the strip's queries: 96 x 16 x 4 = 6 KiB. Larger blocks rescale the output less often, smaller ones leave
-/// more of L1 to the values. Sweep on Zen 4 in docs/TUNING.md.
-const KEY_BLOCK: usize = tuned(option_env!("QKV_TUNE_KEY_BLOCK"), 128);
+/// beside the strip's queries: 128 x 16 x 4 = 8 KiB. Larger blocks rescale the output less often, smaller ones leave
+/// more of L1 to the values. Sweep in docs/TUNING.md.
+pub(crate) const KEY_BLOCK: usize = tuned(option_env!("QKV_TUNE_KEY_BLOCK"), 128);
 
 /// Most rows of a task. The task reads all keys and values once per strip, from L2 after the first strip, so more rows
 /// mean less traffic from L3 and memory; their packed queries and outputs, 2 x 96 x 64 x 4 = 48 KiB at dim 64, leave
@@ -110,34 +118,65 @@ const fn tuned(given: Option<&str>, usual: usize) -> usize {
     }
 }
 
+/// Keys per block for a sequence of this length. The grid begins at key 0 and does not depend on anything else, so
+/// that every mask cuts the sums of a row at the same keys; a sequence of up to two blocks is cut evenly.
+pub(crate) fn key_block(key_len: usize) -> usize {
+    if key_len <= 2 * KEY_BLOCK { even_share(key_len, KEY_BLOCK, SUM_CHAINS) } else { KEY_BLOCK }
+}
+
 /// How a call is carried out. `Display` prints it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     pub(crate) shape: Shape,
     pub(crate) kernel: KernelShape,
-    pub(crate) key_block: usize,
     pub(crate) rows_per_task: usize,
-    pub(crate) tasks_per_head: usize,
+    pub(crate) sequences: Sequences,
+    tasks: usize,
     longest_first: bool,
+    pub(crate) has_panels: bool,
     isa: &'static str,
 }
 
 impl Plan {
-    pub(crate) fn new(shape: Shape, causal: Option<Causal>, isa: Isa) -> Self {
+    pub(crate) fn new(shape: Shape, spec: &AttentionSpec<'_>, sequences: Sequences, isa: Isa) -> Self {
         let kernel = KernelShape::of(isa);
-        let rows = shape.group() * shape.query_len;
-        let heads = shape.batch * shape.kv_heads;
+        let mut sequences = sequences;
+        let group = shape.group();
+        let (rows, count) = match &sequences {
+            Sequences::Batches { .. } => (group * shape.query_len, shape.batch),
+            Sequences::Packed(all) => {
+                (all.iter().map(|(s, _)| group * s.query_len).max().unwrap_or(0), all.len())
+            }
+        };
+        let all_rows = match &sequences {
+            Sequences::Batches { .. } => rows.saturating_mul(count),
+            Sequences::Packed(_) => group * shape.query_len,
+        };
         let by_memory = MAX_ROW_VALUES / (shape.key_dim + shape.value_dim).max(1);
-        let by_tasks = (rows * heads).div_ceil(ENOUGH_TASKS);
+        let by_tasks = all_rows.saturating_mul(shape.kv_heads).div_ceil(ENOUGH_TASKS);
         let most = MAX_ROWS.min(by_memory).min(by_tasks).next_multiple_of(kernel.nr).max(kernel.nr);
         let rows_per_task = even_share(rows, most, kernel.nr);
+        let tasks = match &mut sequences {
+            Sequences::Batches { .. } => count * shape.kv_heads * rows.div_ceil(rows_per_task),
+            Sequences::Packed(all) => {
+                let mut tasks = 0;
+                for (segment, first_task) in all {
+                    *first_task = tasks;
+                    tasks += shape.kv_heads * (group * segment.query_len).div_ceil(rows_per_task);
+                }
+                tasks
+            }
+        };
+        let longest_first = spec.causal.is_some();
+        let has_panels = crate::panels::has_bias(spec);
         Self {
             shape,
             kernel,
-            key_block: even_share(shape.key_len, KEY_BLOCK, kernel.mr),
             rows_per_task,
-            tasks_per_head: rows.div_ceil(rows_per_task),
-            longest_first: causal.is_some(),
+            sequences,
+            tasks,
+            longest_first,
+            has_panels,
             isa: isa.kind().name(),
         }
     }
@@ -145,45 +184,119 @@ impl Plan {
     /// Number of tasks.
     #[must_use]
     pub fn tasks(&self) -> usize {
-        self.shape.batch * self.shape.kv_heads * self.tasks_per_head
+        self.tasks
     }
 
     /// Tasks of one head are neighbours, so that its keys and values are still in the shared cache; under a causal
     /// mask the last rows, which see most, come first, so that the list ends with short tasks.
     pub(crate) fn task(&self, index: usize) -> Task {
-        let (head, part) = (index / self.tasks_per_head, index % self.tasks_per_head);
-        let part = if self.longest_first { self.tasks_per_head - 1 - part } else { part };
+        let (shape, group) = (&self.shape, self.shape.group());
+        let (segment, index) = match &self.sequences {
+            Sequences::Batches { key_lengths } => {
+                let per_batch = shape.kv_heads * (group * shape.query_len).div_ceil(self.rows_per_task);
+                let batch = index / per_batch;
+                (self.batch_segment(batch, key_lengths.as_deref()), index % per_batch)
+            }
+            Sequences::Packed(all) => {
+                // The last of those that begin here or before; empty ones share a number with their successor.
+                let (segment, first) = all[all.partition_point(|&(_, first)| first <= index) - 1];
+                (segment, index - first)
+            }
+        };
+        let rows = group * segment.query_len;
+        let parts = rows.div_ceil(self.rows_per_task);
+        let (kv_head, part) = (index / parts, index % parts);
+        let part = if self.longest_first { parts - 1 - part } else { part };
         let first = part * self.rows_per_task;
-        let last = (first + self.rows_per_task).min(self.shape.group() * self.shape.query_len);
-        Task { batch: head / self.shape.kv_heads, kv_head: head % self.shape.kv_heads, rows: first..last }
+        Task { segment, kv_head, rows: first..(first + self.rows_per_task).min(rows) }
     }
 
-    /// Strips of NR rows in a task.
+    fn batch_segment(&self, batch: usize, key_lengths: Option<&[usize]>) -> Segment {
+        Segment {
+            batch,
+            index: batch,
+            first_query: 0,
+            query_len: self.shape.query_len,
+            first_key: 0,
+            key_len: key_lengths.map_or(self.shape.key_len, |lengths| lengths[batch]),
+        }
+    }
+
+    /// The strips of a task.
+    pub(crate) fn strips_of<'t>(&self, task: &'t Task) -> impl Iterator<Item = StripRows> + use<'t> {
+        let (nr, group) = (self.kernel.nr, self.shape.group());
+        task.rows.clone().step_by(nr).map(move |first| StripRows {
+            segment: task.segment,
+            kv_head: task.kv_head,
+            group,
+            first,
+            count: nr.min(task.rows.end - first),
+        })
+    }
+
+    /// Strips of NR rows in the largest task.
     pub(crate) fn strips(&self) -> usize {
         self.rows_per_task / self.kernel.nr
     }
 
     /// Bytes of scratch that each worker uses; it does not depend on the lengths.
     ///
-    /// `4 (rows (dk + dv + 2) + key_block NR + key_block dv' )` with dv' the padded value dim, rows at most
-    /// 96 and at most 2^17 / (dk + dv), but at least NR.
+    /// About `4 (rows (dk + dv + 2) + 128 NR + 128 dv + NR max(dk, dv, 128))`, and `4 x 128 NR` more with a bias; rows at
+    /// most 96 and at most 2^17 / (dk + dv), but at least NR.
     #[must_use]
     pub fn scratch_bytes(&self) -> usize {
         crate::prefill::Layout::new(self).total * size_of::<f32>()
     }
+
+    /// How many (strip, key block) pairs are computed whole, partly or not at all, by the masks that are arithmetic:
+    /// intervals and block tables. (A boolean mask may let more be skipped when its values are read.)
+    pub(crate) fn count_blocks(&self, spec: &AttentionSpec<'_>) -> BlockCounts {
+        let mut counts = BlockCounts::default();
+        for index in 0..self.tasks {
+            let task = self.task(index);
+            let block = key_block(task.segment.key_len);
+            for rows in self.strips_of(&task) {
+                let visible = interval::visible(spec, &task.segment, rows.queries());
+                for begin in (0..task.segment.key_len).step_by(block) {
+                    let keys = begin..(begin + block).min(task.segment.key_len);
+                    let inside = crate::spec::intersect(&keys, &visible.any);
+                    let runs = Runs::new(spec, &rows, &inside);
+                    if runs.hull().is_empty() {
+                        counts.skipped += 1;
+                    } else if visible.is_whole(&keys) && runs.is_whole(&keys) {
+                        counts.whole += 1;
+                    } else {
+                        counts.partial += 1;
+                    }
+                }
+            }
+        }
+        counts
+    }
+}
+
+/// How much of the score matrix is touched, in pairs of a strip of NR rows and a block of keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockCounts {
+    /// Computed without a mask.
+    pub whole: usize,
+    /// Computed with a mask, or in part.
+    pub partial: usize,
+    /// Not computed.
+    pub skipped: usize,
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "prefill on {}: tile {}x{}, {} tasks of {} rows, key blocks of {}, {} bytes of scratch per worker",
+            "prefill on {}: tile {}x{}, {} tasks of up to {} rows, key blocks of {}, {} bytes of scratch per worker",
             self.isa,
             self.kernel.mr,
             self.kernel.nr,
-            self.tasks(),
+            self.tasks,
             self.rows_per_task,
-            self.key_block,
+            key_block(self.shape.key_len),
             self.scratch_bytes()
         )
     }

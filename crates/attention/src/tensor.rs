@@ -35,8 +35,22 @@ impl Geometry {
             return Err(TensorError::LastAxisNotContiguous { stride: strides[3] });
         }
         let geometry = Self { shape, strides: [strides[0], strides[1], strides[2]] };
-        geometry.extent().ok_or(TensorError::TooLarge { shape })?;
+        extent(shape, strides).ok_or(TensorError::TooLarge { shape })?;
         Ok(geometry)
+    }
+
+    /// Checks a view whose last axis may have any stride too, against a buffer (offset, length) if there is one.
+    fn check_any(
+        shape: [usize; 4],
+        strides: [isize; 4],
+        buffer: Option<(usize, usize)>,
+    ) -> Result<(), TensorError> {
+        let too_large = TensorError::TooLarge { shape };
+        let (low, high) = extent(shape, strides).ok_or(too_large)?;
+        match buffer {
+            Some((offset, buffer)) => check_inside(shape, strides, (low, high), (offset, buffer)),
+            None => Ok(()),
+        }
     }
 
     fn all_strides(&self) -> [isize; 4] {
@@ -47,37 +61,9 @@ impl Geometry {
         self.shape.contains(&0)
     }
 
-    /// The lowest and highest offset of an element from element (0, 0, 0, 0); (0, -1) when empty. None on overflow.
-    fn extent(&self) -> Option<(isize, isize)> {
-        if self.is_empty() {
-            return Some((0, -1));
-        }
-        let (mut low, mut high) = (0isize, 0isize);
-        for (size, stride) in self.shape.into_iter().zip(self.all_strides()) {
-            let reach = isize::try_from(size - 1).ok()?.checked_mul(stride)?;
-            if reach < 0 {
-                low = low.checked_add(reach)?;
-            } else {
-                high = high.checked_add(reach)?;
-            }
-        }
-        // Distances in bytes must fit as well, and the number of elements with them.
-        high.checked_sub(low)?.checked_add(1)?.checked_mul(size_of::<f64>() as isize)?;
-        Some((low, high))
-    }
-
     /// Where all elements lie in a buffer of `buffer` values with element (0, 0, 0, 0) at `offset`, or the refusal.
     fn check_bounds(&self, offset: usize, buffer: usize) -> Result<(), TensorError> {
-        let error =
-            TensorError::OutOfBounds { shape: self.shape, strides: self.all_strides(), offset, buffer };
-        if self.is_empty() {
-            return if offset <= buffer { Ok(()) } else { Err(error) };
-        }
-        let (low, high) = self.extent().ok_or(TensorError::TooLarge { shape: self.shape })?;
-        let start = isize::try_from(offset).map_err(|_| error.clone())?;
-        let inside = start.checked_add(low).is_some_and(|first| first >= 0)
-            && start.checked_add(high).is_some_and(|last| last.unsigned_abs() < buffer);
-        if inside { Ok(()) } else { Err(error) }
+        Self::check_any(self.shape, self.all_strides(), Some((offset, buffer)))
     }
 
     /// Refuses strides with which two elements share an address.
@@ -113,6 +99,43 @@ impl Geometry {
         let [b, h, s] = self.strides;
         batch as isize * b + head as isize * h + position as isize * s
     }
+}
+
+/// The lowest and highest offset of an element from element (0, 0, 0, 0); (0, -1) when empty. None on overflow.
+fn extent(shape: [usize; 4], strides: [isize; 4]) -> Option<(isize, isize)> {
+    if shape.contains(&0) {
+        return Some((0, -1));
+    }
+    let (mut low, mut high) = (0isize, 0isize);
+    for (size, stride) in shape.into_iter().zip(strides) {
+        let reach = isize::try_from(size - 1).ok()?.checked_mul(stride)?;
+        if reach < 0 {
+            low = low.checked_add(reach)?;
+        } else {
+            high = high.checked_add(reach)?;
+        }
+    }
+    // Distances in bytes must fit as well, and the number of elements with them.
+    high.checked_sub(low)?.checked_add(1)?.checked_mul(size_of::<f64>() as isize)?;
+    Some((low, high))
+}
+
+/// Refuses a view of which an element lies outside its buffer: (lowest, highest) offset, (start, length) of the buffer.
+fn check_inside(
+    shape: [usize; 4],
+    strides: [isize; 4],
+    (low, high): (isize, isize),
+    (offset, buffer): (usize, usize),
+) -> Result<(), TensorError> {
+    let inside = match isize::try_from(offset) {
+        Ok(_) if high < low => offset <= buffer,
+        Ok(start) => {
+            start.checked_add(low).is_some_and(|first| first >= 0)
+                && start.checked_add(high).is_some_and(|last| last.unsigned_abs() < buffer)
+        }
+        Err(_) => false,
+    };
+    if inside { Ok(()) } else { Err(TensorError::OutOfBounds { shape, strides, offset, buffer }) }
 }
 
 /// A borrowed tensor (batch, heads, length, dim) that is read.
@@ -419,5 +442,117 @@ impl<T> Tensor<T> {
         let [_, h, s, d] = self.shape;
         // No overflow: the constructors have computed these products.
         Geometry { shape: self.shape, strides: [(h * s * d) as isize, (s * d) as isize, d as isize] }
+    }
+}
+
+/// How 16-bit values are to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HalfKind {
+    /// IEEE binary16.
+    F16,
+    /// bfloat16: the upper half of an f32.
+    Bf16,
+}
+
+/// A borrowed (batch, heads, query length, key length) array for masks and biases: each size may be 1, which stands for
+/// all, and every stride is free, the last too.
+#[derive(Clone, Copy, Debug)]
+pub struct Broadcast<'a, T> {
+    ptr: *const T,
+    shape: [usize; 4],
+    strides: [isize; 4],
+    life: PhantomData<&'a [T]>,
+}
+
+// SAFETY: a Broadcast is a shared borrow of values, like &[T].
+unsafe impl<T: Sync> Send for Broadcast<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Broadcast<'_, T> {}
+
+impl<'a, T> Broadcast<'a, T> {
+    /// A contiguous array.
+    ///
+    /// # Errors
+    /// Where `data` is shorter than the shape needs.
+    pub fn from_slice(data: &'a [T], shape: [usize; 4]) -> Result<Self, TensorError> {
+        let geometry = Geometry::contiguous(shape)?;
+        geometry.check_bounds(0, data.len())?;
+        Ok(Self { ptr: data.as_ptr(), shape, strides: geometry.all_strides(), life: PhantomData })
+    }
+
+    /// An array with element (0, 0, 0, 0) at `offset` in `data` and any strides, in values.
+    ///
+    /// # Errors
+    /// Where an element lies outside `data` or the numbers overflow.
+    pub fn from_slice_strided(
+        data: &'a [T],
+        offset: usize,
+        shape: [usize; 4],
+        strides: [isize; 4],
+    ) -> Result<Self, TensorError> {
+        Geometry::check_any(shape, strides, Some((offset, data.len())))?;
+        Ok(Self { ptr: data.as_ptr().wrapping_add(offset), shape, strides, life: PhantomData })
+    }
+
+    /// An array at a pointer.
+    ///
+    /// # Errors
+    /// Where the numbers overflow.
+    ///
+    /// # Safety
+    /// Every element must be valid for reads during `'a`, and not be written in that time.
+    pub unsafe fn from_raw_parts(
+        ptr: *const T,
+        shape: [usize; 4],
+        strides: [isize; 4],
+    ) -> Result<Self, TensorError> {
+        Geometry::check_any(shape, strides, None)?;
+        Ok(Self { ptr, shape, strides, life: PhantomData })
+    }
+
+    /// Sizes.
+    #[must_use]
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    /// Whether each size is 1 or that of `full`.
+    pub(crate) fn fits(&self, full: [usize; 4]) -> bool {
+        self.shape.into_iter().zip(full).all(|(size, full)| size == full || size == 1)
+    }
+
+    /// Strides with 0 for the sizes that stand for all; `fits` must hold.
+    pub(crate) fn expanded(&self) -> [isize; 4] {
+        core::array::from_fn(|axis| if self.shape[axis] == 1 { 0 } else { self.strides[axis] })
+    }
+
+    /// The address of an element of the expanded array.
+    pub(crate) fn at(&self, index: [usize; 4]) -> *const T {
+        let strides = self.expanded();
+        let offset = index.into_iter().zip(strides).map(|(i, stride)| i as isize * stride).sum();
+        self.ptr.wrapping_offset(offset)
+    }
+
+    /// An element of the expanded array, for references and tests.
+    ///
+    /// # Panics
+    /// If an index is not below its size, sizes of 1 excepted.
+    #[must_use]
+    pub fn get(&self, index: [usize; 4]) -> T
+    where
+        T: Copy,
+    {
+        for (i, size) in index.into_iter().zip(self.shape) {
+            assert!(size == 1 || i < size, "index {index:?} outside {:?}", self.shape);
+        }
+        // SAFETY: the element exists.
+        unsafe { *self.at(index) }
+    }
+}
+
+impl<'a, T> From<TensorRef<'a, T>> for Broadcast<'a, T> {
+    fn from(tensor: TensorRef<'a, T>) -> Self {
+        Self { ptr: tensor.ptr, shape: tensor.shape(), strides: tensor.strides(), life: PhantomData }
     }
 }

@@ -8,7 +8,7 @@ use qkv_attention::{
     attention_into,
 };
 
-fn refusal(q: [usize; 4], k: [usize; 4], v: [usize; 4], spec: &AttentionSpec) -> AttentionError {
+fn refusal(q: [usize; 4], k: [usize; 4], v: [usize; 4], spec: &AttentionSpec<'_>) -> AttentionError {
     let (q, k, v) = (random(q, 1), random(k, 2), random(v, 3));
     attention(q.view(), k.view(), v.view(), spec).expect_err("must be refused")
 }
@@ -53,16 +53,16 @@ fn outputs_that_do_not_fit_are_left_alone() {
     let spec = AttentionSpec::new();
     for shape in [[2, 2, 3, 8], [1, 1, 3, 8], [1, 2, 4, 8], [1, 2, 3, 7]] {
         let mut out = Tensor::from_fn(shape, |_| 5.0).unwrap();
-        let outputs = Outputs { out: out.view_mut(), lse: None };
+        let outputs = Outputs::new(out.view_mut());
         let error = attention_into(q.view(), q.view(), q.view(), &spec, outputs).unwrap_err();
         assert!(matches!(error, AttentionError::ShapeMismatch { argument: Argument::Output, .. }), "{error}");
         assert!(out.data().iter().all(|&x| x == 5.0));
     }
     let mut out = Tensor::from_fn([1, 2, 3, 8], |_| 5.0).unwrap();
     let mut lse = [5.0; 7];
-    let outputs = Outputs { out: out.view_mut(), lse: Some(&mut lse) };
+    let outputs = Outputs::new(out.view_mut()).with_lse(&mut lse);
     let error = attention_into(q.view(), q.view(), q.view(), &spec, outputs).unwrap_err();
-    assert_eq!(error, AttentionError::LseLength { given: 7, expected: 6 });
+    assert_eq!(error, AttentionError::LseLength { argument: Argument::Lse, given: 7, expected: 6 });
     assert!(out.data().iter().chain(&lse).all(|&x| x == 5.0));
 }
 

@@ -5,7 +5,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use qkv_attention::{AttentionSpec, Causal, Outputs, Tensor, attention_into, explain};
+use qkv_attention::{AttentionSpec, Broadcast, Causal, Outputs, Tensor, TensorRef, attention_into, explain};
 
 struct Counting;
 
@@ -36,19 +36,46 @@ fn extra_bytes(length: usize) -> (usize, usize) {
     let q = Tensor::from_fn(shape, |[_, _, i, d]| ((i * 7 + d) % 13) as f32 * 0.1).unwrap();
     let mut out = Tensor::zeros(shape).unwrap();
     let spec = AttentionSpec::new().with_causal(Causal::TopLeft);
-    let scratch = explain(q.view(), q.view(), q.view(), &spec).unwrap().scratch_bytes();
+    let scratch = explain(q.view(), q.view(), q.view(), &spec).unwrap().plan.scratch_bytes();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
     pool.install(|| {
         let before = LIVE.load(Ordering::SeqCst);
         PEAK.store(before, Ordering::SeqCst);
-        let outputs = Outputs { out: out.view_mut(), lse: None };
+        let outputs = Outputs::new(out.view_mut());
         attention_into(q.view(), q.view(), q.view(), &spec, outputs).unwrap();
         (PEAK.load(Ordering::SeqCst) - before, scratch)
     })
 }
 
+/// Bytes that a key padding mask (B, 1, 1, S) costs beyond what the same call takes without it.
+fn extra_bytes_of_a_mask() -> usize {
+    let (batch, length) = (64, 8192);
+    // The keys and values of one batch for all, by stride 0; few queries, for the test's time.
+    let data: Vec<f32> = (0..length * 8).map(|i| (i % 13) as f32 * 0.1).collect();
+    let strides = [0, 0, 8, 1];
+    let k = TensorRef::from_slice_strided(&data, 0, [batch, 1, length, 8], strides).unwrap();
+    let q = TensorRef::from_slice_strided(&data, 0, [batch, 1, 2, 8], strides).unwrap();
+    let bits: Vec<bool> = (0..batch * length).map(|i| i % 7 != 0).collect();
+    let mask = Broadcast::from_slice(&bits, [batch, 1, 1, length]).unwrap();
+    let mut out = Tensor::zeros([batch, 1, 2, 8]).unwrap();
+    let mut peak = |spec: &AttentionSpec<'_>| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        pool.install(|| {
+            let before = LIVE.load(Ordering::SeqCst);
+            PEAK.store(before, Ordering::SeqCst);
+            attention_into(q, k, k, spec, Outputs::new(out.view_mut())).unwrap();
+            PEAK.load(Ordering::SeqCst) - before
+        })
+    };
+    let plain = peak(&AttentionSpec::new());
+    peak(&AttentionSpec::new().with_mask(mask)).saturating_sub(plain)
+}
+
 #[test]
 fn scratch_is_fixed() {
+    let mask = extra_bytes_of_a_mask();
+    println!("a mask of 64 x 8192 takes {mask} bytes more than none");
+    assert!(mask <= 4096, "{mask} bytes");
     for length in [1024, 4096, 8192] {
         let (extra, scratch) = extra_bytes(length);
         // Two workers' scratch, and a few hundred bytes of rayon's.

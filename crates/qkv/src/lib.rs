@@ -23,8 +23,10 @@
 pub mod probe;
 
 pub use qkv_attention::{
-    Argument, AttentionError, AttentionSpec, Causal, Outputs, Plan, Shape, Tensor, TensorError, TensorMut, TensorRef,
-    attention, attention_into, attention_with_lse, explain, reference,
+    Argument, AttentionError, AttentionSpec, Bias, BlockCounts, BlockMask, Broadcast, Causal, Explanation,
+    HalfKind, Outputs, Packed, Plan, Selection, Shape, T5Bias, Tensor, TensorError, TensorMut, TensorRef,
+    Window, attention, attention_into, attention_packed, attention_weights, attention_with_lse,
+    attention_with_rule, explain, merge, reference, rule,
 };
 pub use qkv_gemm as gemm;
 pub use qkv_simd as simd;

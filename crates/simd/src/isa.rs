@@ -162,9 +162,7 @@ impl Isa {
         match kind {
             IsaKind::Portable => Ok(Isa::Portable(Portable::new())),
             #[cfg(target_arch = "x86_64")]
-            IsaKind::Avx2 => {
-                crate::Avx2::new().map(Isa::Avx2).ok_or(IsaError::NotOnThisCpu { asked: kind })
-            }
+            IsaKind::Avx2 => crate::Avx2::new().map(Isa::Avx2).ok_or(IsaError::NotOnThisCpu { asked: kind }),
             _ => Err(IsaError::NotBuilt { asked: kind }),
         }
     }

@@ -2,10 +2,10 @@
 //!
 //! | function | domain | largest error, ULP: fused / separate | operations | NaN |
 //! | --- | --- | --- | --- | --- |
-//! | [`exp2_nonpositive`] | x <= 127; flushed to zero below -126 | 1.77 / 1.92 | 13 | NaN |
+//! | [`exp2_nonpositive`] | x <= 127; flushed to zero below -126 | 1.77 / 1.99 | 11 | NaN |
 //! | [`exp`] | all: to infinity, through the subnormals to 0 | 0.9 / 1.2 | 20 | NaN |
-//! | [`tanh`] | all | 2.2 / 2.4 | 22 and a division | NaN |
-//! | [`erf`] | all | 2.0 / 2.3 | 25 | NaN |
+//! | [`tanh`] | all | 2.3 / 2.5 | 22 and a division | NaN |
+//! | [`erf`] | all | 2.2 / 2.5 | 28 | NaN |
 //!
 //! The error is the distance from the exact value in units of its last place, at most over every `f32` of the domain
 //! (`tests/math.rs` measures it, against f64). "Fused" is where [`Simd::mul_add`] rounds once, "separate" where it
@@ -35,7 +35,7 @@ pub const BIASED_ZERO: f32 = 12_583_039.0;
 const FLUSH: f32 = -127.0;
 
 /// q of 2^r = 1 + r q(r) on |r| <= 1/2, lowest power first.
-const EXP2_Q: [f32; 5] = [6.931467e-1, 2.4022238e-1, 5.5510808e-2, 9.671714e-3, 1.3166512e-3];
+const EXP2_Q: [f32; 5] = [6.931467e-1, 2.4022244e-1, 5.551062e-2, 9.671459e-3, 1.3174535e-3];
 
 /// log2(e).
 const LOG2_E: f32 = core::f32::consts::LOG2_E;
@@ -85,10 +85,10 @@ fn split_exp<S: Simd>(s: S, x: S::F32) -> (S::F32, S::F32, S::F32) {
 /// 2^x for x <= 0: the exponential of the online softmax (arguments are scores less their maximum, in units of log2).
 ///
 /// At most 2 ULP from the exact value for x in [-126, 0] (the worst of all is 1.77 where [`Simd::mul_add`] is fused,
-/// 1.92 where it is not); exactly 1 at 0; below -126 subnormal or zero; +0 at -infinity; NaN for NaN. Positive
+/// 1.99 where it is not); exactly 1 at 0; below -126 subnormal or zero; +0 at -infinity; NaN for NaN. Positive
 /// arguments up to 127 are computed too, with the same error; beyond, the value is any.
 ///
-/// 13 operations: x = n + r with n whole, 2^r = 1 + r q(r), and the last step multiplies by 2^n in the same breath:
+/// 11 operations: x = n + r with n whole, 2^r = 1 + r q(r), and the last step multiplies by 2^n in the same breath:
 /// 2^n + (2^n r) q(r). It multiplies rather than adding to the exponent's bits so that a NaN stays one.
 #[inline(always)]
 pub fn exp2_nonpositive<S: Simd>(s: S, x: S::F32) -> S::F32 {
@@ -103,7 +103,7 @@ pub fn exp2_nonpositive<S: Simd>(s: S, x: S::F32) -> S::F32 {
 /// e^x for every x.
 ///
 /// At most 0.9 ULP from the exact value where [`Simd::mul_add`] is fused, 1.2 where it is not, subnormal results among
-/// them; exactly 1 at 0; +infinity above 88.72284 (where the exact value exceeds the largest `f32`), +0 below -103.98
+/// them; exactly 1 at 0; +infinity above 88.72283 (where the exact value exceeds the largest `f32`), +0 below -103.98
 /// (where it is under half the smallest); NaN for NaN.
 ///
 /// 20 operations. Neither 2^128 nor 2^-150 has an exponent of its own, so the power is applied in two halves, of which
@@ -121,7 +121,7 @@ pub fn exp<S: Simd>(s: S, x: S::F32) -> S::F32 {
 
 /// The hyperbolic tangent of every x: tanh(x) = (1 - e^(-2|x|)) / (1 + e^(-2|x|)) with the sign of x.
 ///
-/// At most 2.2 ULP from the exact value where [`Simd::mul_add`] is fused, 2.4 where it is not; odd to the bit (-0 for
+/// At most 2.3 ULP from the exact value where [`Simd::mul_add`] is fused, 2.5 where it is not; odd to the bit (-0 for
 /// -0); never beyond 1 in magnitude and exactly ±1 for |x| >= 9.02; NaN for NaN.
 ///
 /// 22 operations and a division.
@@ -140,10 +140,10 @@ pub fn tanh<S: Simd>(s: S, x: S::F32) -> S::F32 {
 /// The error function of every x, 2/sqrt(pi) times the integral of e^(-t^2) from 0 to x: erf(x) = 1 - e^z with the sign
 /// of x, where z = u + u p(u), u = -|x|, is a fit of the logarithm of 1 - erf(|x|).
 ///
-/// At most 2.0 ULP from the exact value where [`Simd::mul_add`] is fused, 2.3 where it is not; odd to the bit (-0 for
+/// At most 2.2 ULP from the exact value where [`Simd::mul_add`] is fused, 2.5 where it is not; odd to the bit (-0 for
 /// -0); never beyond 1 in magnitude and exactly ±1 for |x| >= 3.93; NaN for NaN.
 ///
-/// 25 operations. What p is off by counts less and less towards larger arguments, by the factor 1 - erf, which is why
+/// 28 operations. What p is off by counts less and less towards larger arguments, by the factor 1 - erf, which is why
 /// one polynomial does for all of them.
 #[inline(always)]
 pub fn erf<S: Simd>(s: S, x: S::F32) -> S::F32 {

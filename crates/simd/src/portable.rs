@@ -143,6 +143,12 @@ impl Simd for Portable {
         mask.bitselect(yes, no)
     }
     #[inline(always)]
+    fn test_bit(self, words: f32x4, bit: u32) -> f32x4 {
+        // Into the sign bit, and from there over the whole lane.
+        let shifted = bytemuck::cast::<f32x4, i32x4>(words) << (31 - bit);
+        bytemuck::cast::<i32x4, f32x4>(shifted >> 31)
+    }
+    #[inline(always)]
     fn bits(self, mask: f32x4) -> u32 {
         mask.to_bitmask()
     }

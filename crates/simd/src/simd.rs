@@ -127,6 +127,8 @@ pub trait Simd: sealed::Sealed + Copy + Send + Sync + Debug + 'static {
     fn or(self, a: Self::Mask, b: Self::Mask) -> Self::Mask;
     /// `mask ? yes : no`.
     fn select(self, mask: Self::Mask, yes: Self::F32, no: Self::F32) -> Self::F32;
+    /// Lanes whose bit pattern has bit `bit` (0 to 31) set.
+    fn test_bit(self, words: Self::F32, bit: u32) -> Self::Mask;
     /// One bit per lane, lane 0 the lowest.
     fn bits(self, mask: Self::Mask) -> u32;
 

@@ -1,6 +1,8 @@
 //! What the tests share: random tensors, cases, and the comparison with the oracle.
 #![allow(dead_code, unreachable_pub, reason = "each test file is a crate of its own and uses its part")]
 
+pub mod problem;
+
 use qkv_attention::{AttentionSpec, Causal, Tensor, attention_with_lse, reference};
 
 /// Uniform in [-1, 1) from splitmix64.
@@ -49,7 +51,7 @@ impl Default for Case {
 }
 
 impl Case {
-    pub fn spec(&self) -> AttentionSpec {
+    pub fn spec(&self) -> AttentionSpec<'static> {
         let mut spec = AttentionSpec::new();
         spec.causal = self.causal;
         spec.scale = self.scale;

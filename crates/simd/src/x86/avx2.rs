@@ -159,6 +159,14 @@ impl Simd for Avx2 {
         register_op!(_mm256_blendv_ps(no, yes, mask))
     }
     #[inline(always)]
+    fn test_bit(self, words: __m256, bit: u32) -> __m256 {
+        // Into the sign bit, which is what the masks of AVX2 consist of.
+        register_op!({
+            let shift = _mm_cvtsi32_si128(31 - bit.cast_signed());
+            _mm256_castsi256_ps(_mm256_sll_epi32(_mm256_castps_si256(words), shift))
+        })
+    }
+    #[inline(always)]
     fn bits(self, mask: __m256) -> u32 {
         register_op!(_mm256_movemask_ps(mask).cast_unsigned())
     }

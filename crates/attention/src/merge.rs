@@ -1,0 +1,70 @@
+//! The merge of attention over two sets of keys: split keys, shared prefixes, parts of a sequence on other machines.
+//!
+//! With (o_a, l_a) and (o_b, l_b) the outputs and log-sum-exps over disjoint sets of keys, those over both are
+//!
+//! ```text
+//! l = max(l_a, l_b) + ln(w_a + w_b)     w_x = exp(l_x - max(l_a, l_b))     o = (w_a o_a + w_b o_b) / (w_a + w_b)
+//! ```
+//!
+//! A side that saw no key (l = -infinity) has no weight, whatever its output holds. A sink may be counted in one of the
+//! sides only.
+
+use crate::{Argument, AttentionError, TensorMut, TensorRef};
+
+/// One side of a merge: an output (batch, heads, length, dim) and its LSE, contiguous (batch, heads, length).
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    /// The output.
+    pub out: TensorRef<'a>,
+    /// Its log-sum-exp.
+    pub lse: &'a [f32],
+}
+
+/// Merges `a` and `b` into `out` and `lse`.
+///
+/// # Errors
+/// Where shapes differ. Nothing is written then.
+pub fn merge(a: Part<'_>, b: Part<'_>, out: TensorMut<'_>, lse: &mut [f32]) -> Result<(), AttentionError> {
+    let shape @ [batches, heads, length, dim] = a.out.shape();
+    for (given, argument) in [(b.out.shape(), Argument::Value), (out.shape(), Argument::Output)] {
+        for (axis, name) in ["batch", "heads", "length", "head dim"].into_iter().enumerate() {
+            crate::check::check_axis(argument, name, given[axis], shape[axis], Argument::Query)?;
+        }
+    }
+    let rows = batches * heads * length;
+    for given in [a.lse.len(), b.lse.len(), lse.len()] {
+        if given != rows {
+            return Err(AttentionError::LseLength { argument: Argument::Lse, given, expected: rows });
+        }
+    }
+    for (row, lse) in lse.iter_mut().enumerate() {
+        let (batch, head, i) = (row / length / heads, row / length % heads, row % length);
+        let (weight_a, weight_b, joint) = weights(a.lse[row], b.lse[row]);
+        *lse = joint;
+        let (from_a, from_b) = (a.out.row(batch, head, i), b.out.row(batch, head, i));
+        let to = out.row_ptr(batch, head, i);
+        for d in 0..dim {
+            let value = match (weight_a == 0.0, weight_b == 0.0) {
+                (true, true) => 0.0,
+                (false, true) => weight_a * from_a[d],
+                (true, false) => weight_b * from_b[d],
+                (false, false) => weight_a.mul_add(from_a[d], weight_b * from_b[d]),
+            };
+            // SAFETY: the row exists and has `dim` values; `out` is borrowed exclusively.
+            unsafe { *to.add(d) = value };
+        }
+    }
+    Ok(())
+}
+
+/// The shares of two sides in their merge, and the joint LSE.
+fn weights(a: f32, b: f32) -> (f32, f32, f32) {
+    // Not `f32::max`, which drops NaN.
+    let max = if a > b { a } else { b };
+    if max == f32::NEG_INFINITY && a == b {
+        return (0.0, 0.0, max);
+    }
+    let (weight_a, weight_b) = (f64::from(a - max).exp(), f64::from(b - max).exp());
+    let sum = weight_a + weight_b;
+    ((weight_a / sum) as f32, (weight_b / sum) as f32, (f64::from(max) + sum.ln()) as f32)
+}

@@ -1,0 +1,294 @@
+//! Panels beside the scores: what is given per (query, key) in memory, brought into the scores' own layout.
+//!
+//! Scores lie as [keys][NR queries]; masks and biases in memory mostly as rows of keys. So for each strip and block of
+//! keys, once for both: a dense bias and T5's bias are transposed or expanded into a panel of f32 [keys][NR], to be added
+//! with one multiply-add per vector of scores; boolean masks, block-sparse masks on a ragged edge and dilated windows become
+//! one bit per key in a word per lane, [keys / 32][NR], tested with a shift. Packing 96 x 16 bits costs about 200 cycles of
+//! the 12 000 that the products of such a block take at dim 64.
+
+use core::ops::Range;
+
+use qkv_simd::Simd;
+
+use crate::interval::position_shift;
+use crate::strip::{StripRows, transpose};
+use crate::{AttentionSpec, Bias, BlockMask, Broadcast, HalfKind, T5Bias};
+
+/// Keys per word of a bit panel.
+pub(crate) const WORD: usize = 32;
+
+/// What a bit panel says as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bits {
+    /// Nothing is seen: the block can be skipped.
+    None,
+    /// Some of it is.
+    Some,
+    /// All of it is: no bits need be tested.
+    All,
+}
+
+/// Whether a strip's block needs bits: for a boolean mask, a dilated window, or where a block-sparse mask is `ragged`.
+pub(crate) fn needs_bits(spec: &AttentionSpec<'_>, ragged: bool) -> bool {
+    ragged || spec.mask.is_some() || spec.window.is_some_and(|window| window.dilation > 1)
+}
+
+/// Whether a call has biases that become a panel.
+pub(crate) fn has_bias(spec: &AttentionSpec<'_>) -> bool {
+    spec.bias.is_some() || spec.t5_bias.is_some()
+}
+
+/// Fills `words` with one bit per key of `keys` and lane: bit b of word w is key `keys.start + 32 w + b`.
+pub(crate) fn fill_bits(
+    spec: &AttentionSpec<'_>,
+    rows: &StripRows,
+    nr: usize,
+    keys: &Range<usize>,
+    words: &mut [f32],
+) -> Bits {
+    let (mut any, mut all) = (0u32, u32::MAX);
+    let mut same_as_last: Option<(usize, bool)> = None;
+    for lane in 0..nr {
+        if lane >= rows.count {
+            // A lane without a query sees whatever the last one does.
+            for row in words.chunks_exact_mut(nr) {
+                row[lane] = row[rows.count - 1];
+            }
+            continue;
+        }
+        let (head, query) = (rows.head(lane), rows.query(lane));
+        let rowless = is_rowless(spec);
+        if let Some((last_head, true)) = same_as_last
+            && last_head == head
+        {
+            for row in words.chunks_exact_mut(nr) {
+                row[lane] = row[lane - 1];
+            }
+            continue;
+        }
+        same_as_last = Some((head, rowless));
+        for (w, row) in words.chunks_exact_mut(nr).enumerate() {
+            let start = keys.start + w * WORD;
+            let count = WORD.min(keys.end.saturating_sub(start));
+            let full = if count == WORD { u32::MAX } else { (1u32 << count) - 1 };
+            let mut word = full;
+            if let Some(mask) = &spec.mask {
+                word &= mask_word(mask, [rows.segment.index, head, query, start], count);
+            }
+            if let Some(blocks) = spec.block_mask {
+                word &= block_word(blocks, [rows.segment.index, head, query, start], count);
+            }
+            if let Some(window) = &spec.window
+                && window.dilation > 1
+            {
+                let p = position_shift(spec, &rows.segment).saturating_add(query as i64);
+                word &= dilation_word(p, window.dilation, start, count);
+            }
+            any |= word;
+            // Bits past the last key do not count as unseen.
+            all &= word | !full;
+            row[lane] = f32::from_bits(word);
+        }
+    }
+    match (any, all) {
+        (0, _) => Bits::None,
+        (_, u32::MAX) => Bits::All,
+        _ => Bits::Some,
+    }
+}
+
+/// Whether the bits are the same for all queries of a head: a key padding mask.
+fn is_rowless(spec: &AttentionSpec<'_>) -> bool {
+    spec.block_mask.is_none()
+        && spec.window.is_none_or(|w| w.dilation == 1)
+        && spec.mask.is_some_and(|mask| mask.expanded()[2] == 0)
+}
+
+/// Up to 32 keys of a boolean mask as bits.
+fn mask_word(mask: &Broadcast<'_, bool>, at: [usize; 4], count: usize) -> u32 {
+    let (first, stride) = (mask.at(at), mask.expanded()[3]);
+    let mut word = 0;
+    if stride == 1 && count == WORD {
+        for byte in 0..4 {
+            // SAFETY: 32 values lie from `first` on; a bool is one byte, 0 or 1.
+            let eight = unsafe { first.add(8 * byte).cast::<u64>().read_unaligned() }.to_le();
+            // The multiplication gathers the lowest bit of each byte in the topmost byte, in order.
+            word |= ((eight.wrapping_mul(0x0102_0408_1020_4080) >> 56) as u32) << (8 * byte);
+        }
+    } else {
+        for bit in 0..count {
+            // SAFETY: the mask has this key, expanded by its stride.
+            let sees = unsafe { *first.offset(bit as isize * stride) };
+            word |= u32::from(sees) << bit;
+        }
+    }
+    word
+}
+
+/// Up to 32 keys of a block-sparse mask as bits.
+fn block_word(blocks: &BlockMask, [batch, head, query, start]: [usize; 4], count: usize) -> u32 {
+    let size = blocks.block()[1];
+    let (mut word, mut bit) = (0u32, 0);
+    while bit < count {
+        let end = count.min(bit + size - (start + bit) % size);
+        if blocks.sees(batch, head, query, start + bit) {
+            word |= (u32::MAX >> (WORD - (end - bit))) << bit;
+        }
+        bit = end;
+    }
+    word
+}
+
+/// Up to 32 keys of which those count whose distance from `p` is a multiple of the dilation.
+fn dilation_word(p: i64, dilation: usize, start: usize, count: usize) -> u32 {
+    let dilation = i64::try_from(dilation).unwrap_or(i64::MAX);
+    let first = p.saturating_sub(start as i64).rem_euclid(dilation);
+    let mut word = 0;
+    let mut bit = first;
+    while bit < count as i64 {
+        word |= 1 << bit;
+        bit = bit.saturating_add(dilation);
+    }
+    word
+}
+
+/// Fills `panel` [keys][nr] with the sum of the call's biases, in natural units; `staged` has room for [nr][keys].
+/// Returns whether any is -infinity, which masks.
+#[inline(always)]
+pub(crate) fn fill_bias<S: Simd>(
+    s: S,
+    spec: &AttentionSpec<'_>,
+    rows: &StripRows,
+    keys: &Range<usize>,
+    panel: &mut [f32],
+    staged: &mut [f32],
+) -> bool {
+    let nr = panel.len() / keys.len();
+    match &spec.bias {
+        Some(Bias::F32(bias)) if bias.expanded()[3] == 1 && rows.group == 1 && rows.count == nr => {
+            let first = bias.at([rows.segment.index, rows.head(0), rows.query(0), keys.start]);
+            let (stride, to) = (bias.expanded()[2], panel.as_mut_ptr());
+            // SAFETY: NR rows of keys lie `stride` apart (0: one row for all), and the panel has room for them.
+            unsafe { transpose(s, (nr, keys.len()), first, stride, to, nr as isize) };
+        }
+        Some(bias) => {
+            for lane in 0..nr {
+                let lane_row = lane.min(rows.count - 1);
+                let at = [rows.segment.index, rows.head(lane_row), rows.query(lane_row), keys.start];
+                let row = &mut staged[lane * keys.len()..][..keys.len()];
+                match bias {
+                    Bias::F32(bias) => stage_row(bias, at, row, |x| x),
+                    Bias::Half(HalfKind::F16, bias) => stage_row(bias, at, row, widen_f16),
+                    Bias::Half(HalfKind::Bf16, bias) => stage_row(bias, at, row, widen_bf16),
+                }
+            }
+            let (from, to) = (staged.as_ptr(), panel.as_mut_ptr());
+            // SAFETY: NR rows of keys lie in `staged`, and the panel has room for them.
+            unsafe { transpose(s, (nr, keys.len()), from, keys.len() as isize, to, nr as isize) };
+        }
+        None => panel.fill(0.0),
+    }
+    if let Some(t5) = &spec.t5_bias {
+        add_t5(s, spec, t5, rows, keys, panel, staged);
+    }
+    // A vector of minima would drop NaN; comparing does not, and there is room for it beside the loads.
+    let mut masks = 0;
+    for x in panel.chunks_exact(S::LANES) {
+        masks |= s.bits(s.eq(s.load(x), s.splat(f32::NEG_INFINITY)));
+    }
+    masks != 0
+}
+
+/// One query's biases, widened.
+fn stage_row<T: Copy>(bias: &Broadcast<'_, T>, at: [usize; 4], row: &mut [f32], widen: impl Fn(T) -> f32) {
+    let (first, stride) = (bias.at(at), bias.expanded()[3]);
+    for (i, x) in row.iter_mut().enumerate() {
+        // SAFETY: the bias has this key, expanded by its stride.
+        *x = widen(unsafe { *first.offset(i as isize * stride) });
+    }
+}
+
+/// f32 from the bits of a bfloat16.
+pub(crate) fn widen_bf16(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// f32 from the bits of an IEEE binary16.
+pub(crate) fn widen_f16(bits: u16) -> f32 {
+    half::f16::from_bits(bits).to_f32()
+}
+
+/// T5's bucket of the distance key - query.
+pub(crate) fn t5_bucket(t5: &T5Bias<'_>, distance: i64) -> usize {
+    let (buckets, offset, distance) = if t5.bidirectional {
+        let half = t5.buckets / 2;
+        (half, if distance > 0 { half } else { 0 }, distance.unsigned_abs())
+    } else {
+        (t5.buckets, 0, distance.min(0).unsigned_abs())
+    };
+    let exact = buckets / 2;
+    if (distance as usize) < exact {
+        return offset + distance as usize;
+    }
+    // In f32, as the models are trained with it.
+    let ratio = (distance as f32 / exact as f32).ln() / (t5.max_distance as f64 / exact as f64).ln() as f32;
+    let bucket = exact + (ratio * (buckets - exact) as f32) as usize;
+    offset + bucket.min(buckets - 1)
+}
+
+/// Adds T5's bias: constant along diagonals, so one row of values over the distances that occur serves all lanes of a
+/// head. It is filled bucket by bucket, from the few distances where the bucket changes.
+#[inline(always)]
+fn add_t5<S: Simd>(
+    s: S,
+    spec: &AttentionSpec<'_>,
+    t5: &T5Bias<'_>,
+    rows: &StripRows,
+    keys: &Range<usize>,
+    panel: &mut [f32],
+    staged: &mut [f32],
+) {
+    let nr = panel.len() / keys.len();
+    let heads = t5.table.len() / t5.buckets;
+    let shift = position_shift(spec, &rows.segment);
+    let p = shift.saturating_add(rows.query(0) as i64);
+    if rows.group == 1 {
+        // diagonal[x] is the bias of query position - key = x - (keys.len() - 1) + p - keys.start.
+        let head = rows.head(0);
+        let diagonal = &mut staged[..keys.len() + nr - 1];
+        let least = p - (keys.end as i64 - 1);
+        let mut filled = 0;
+        while filled < diagonal.len() {
+            let bucket = t5_bucket(t5, -(least + filled as i64));
+            let mut end = filled + 1;
+            // Far from the diagonal all distances share a bucket: double the step while it does not change.
+            let mut step = 1;
+            while end < diagonal.len() {
+                let next = (end + step).min(diagonal.len()) - 1;
+                let same = t5_bucket(t5, -(least + next as i64)) == bucket;
+                match (same, step) {
+                    (true, _) => (end, step) = (next + 1, step * 2),
+                    (false, 1) => break,
+                    (false, _) => step = 1,
+                }
+            }
+            diagonal[filled..end].fill(t5.table[bucket * heads + head]);
+            filled = end;
+        }
+        for (i, row) in panel.chunks_exact_mut(nr).enumerate() {
+            let values = &diagonal[keys.len() - 1 - i..][..nr];
+            for at in (0..nr).step_by(S::LANES) {
+                let sum = s.add(s.load(&row[at..]), s.load(&values[at..]));
+                s.store(sum, &mut row[at..]);
+            }
+        }
+    } else {
+        for (key, row) in keys.clone().zip(panel.chunks_exact_mut(nr)) {
+            for (lane, x) in row.iter_mut().enumerate() {
+                let lane = lane.min(rows.count - 1);
+                let p = shift.saturating_add(rows.query(lane) as i64);
+                *x += t5.table[t5_bucket(t5, key as i64 - p) * heads + rows.head(lane)];
+            }
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! A rule from a closure, called once per score: convenient for trying an idea.
+//!
+//! Here every query sees its own block of 64 keys and, of all others, only each 16th key, with the scores of those halved.
+//!
+//!     cargo run --release -p qkv --example closure_rule
+
+use qkv::rule::{mask_mod, score_mod};
+use qkv::{AttentionSpec, Outputs, Tensor, attention_with_rule};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let shape = [1, 2, 300, 32];
+    let q = Tensor::from_fn(shape, |[_, h, i, d]| ((i * 7 + d * 3 + h) % 17) as f32 * 0.1 - 0.8)?;
+    let k = Tensor::from_fn(shape, |[_, h, i, d]| ((i * 5 + d * 11 + h) % 19) as f32 * 0.1 - 0.9)?;
+    let v = Tensor::from_fn(shape, |[_, _, i, _]| i as f32)?;
+    let spec = AttentionSpec::new();
+
+    let own_block = |at: qkv::reference::Place| at.query / 64 == at.key / 64;
+    let rule = score_mod(move |at, score| match (own_block(at), at.key % 16) {
+        (true, _) => score,
+        (false, 0) => score / 2.0,
+        _ => f32::NEG_INFINITY,
+    });
+    let mut out = Tensor::zeros(shape)?;
+    attention_with_rule(q.view(), k.view(), v.view(), &spec, rule, Outputs::new(out.view_mut()))?;
+    println!("query 100 looks, on average, at key {:.1}", out.view().row(0, 0, 100)[0]);
+
+    let mut blocks_only = Tensor::zeros(shape)?;
+    let outputs = Outputs::new(blocks_only.view_mut());
+    attention_with_rule(q.view(), k.view(), v.view(), &spec, mask_mod(own_block), outputs)?;
+    let mean = blocks_only.view().row(0, 0, 100)[0];
+    println!("and within its own block, at key {mean:.1}");
+    if !(64.0..128.0).contains(&mean) {
+        return Err("a key outside the block was seen".into());
+    }
+    Ok(())
+}
