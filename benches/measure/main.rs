@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! measure matrix                                            the table of goals: each workload in percent of the limit
+//! measure features                                          what each mask and score option costs
+//! measure errors                                            errors against f64, beside scripts/peer_error.py
 //! measure gemm --m 512 --k 512 --n 512 --seconds 0.05       one number, GFLOP/s
 //! measure attention --batch 1 --heads 12 --seq 512 --dim 64 --causal --seconds 0.05
 //! measure peak --threads 2 --seconds 0.2                    one number, GFLOP/s of multiply-adds on registers
@@ -11,6 +13,8 @@
 //! The one-number commands end their standard output with that number, which is what scripts/gemm_peers.py and
 //! scripts/attention_peers.py (`--qkv PATH`) and scripts/tune.py rely on. Exit codes: 0 done, 2 bad arguments.
 
+mod errors;
+mod features;
 mod goals;
 mod matrix;
 mod report;
@@ -41,6 +45,10 @@ struct Cli {
 enum Command {
     /// Prints the table of goals: every workload in percent of the limit measured right before it.
     Matrix(matrix::Options),
+    /// Prints errors against f64 on the inputs of scripts/peer_error.py.
+    Errors(errors::Options),
+    /// Prints what each mask and score option costs beside the same call without it.
+    Features(features::Options),
     /// Prints the GFLOP/s of a product of an m x k and a k x n matrix.
     Gemm(GemmArgs),
     /// Prints the GFLOP/s of a call of attention.
@@ -171,6 +179,8 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
     let threads = use_threads(cli.threads)?;
     match cli.command {
         Command::Matrix(options) => matrix::run(&options, threads),
+        Command::Errors(options) => errors::run(&options),
+        Command::Features(options) => features::run(&options, threads),
         Command::Gemm(GemmArgs { m, k, n, blocking, how }) => {
             let shape = GemmShape::new(m, k, n);
             print_rate(shape.flops(), prepare_product(shape, blocking)?, &how, threads)

@@ -146,12 +146,6 @@ impl<F: Copy, const NV: usize> Ends<F, NV> {
         Self { low, high }
     }
 
-    /// Which lanes of vector `v` see `key`.
-    #[inline(always)]
-    pub(crate) fn sees<S: Simd<F32 = F>>(&self, s: S, v: usize, key: F) -> S::Mask {
-        s.and(s.le(self.low[v], key), s.lt(key, self.high[v]))
-    }
-
     /// Masks a tile of scores of keys `key + i`.
     #[inline(always)]
     pub(crate) fn apply<S: Simd<F32 = F>, const MR: usize>(
@@ -163,7 +157,8 @@ impl<F: Copy, const NV: usize> Ends<F, NV> {
         for (i, row) in scores.iter_mut().enumerate() {
             let key = s.splat((key + i) as f32);
             for (v, score) in row.iter_mut().enumerate() {
-                *score = s.select(self.sees(s, v, key), *score, s.splat(f32::NEG_INFINITY));
+                let sees = s.and(s.le(self.low[v], key), s.lt(key, self.high[v]));
+                *score = s.select(sees, *score, s.splat(f32::NEG_INFINITY));
             }
         }
     }

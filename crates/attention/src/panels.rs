@@ -39,44 +39,38 @@ pub(crate) fn has_bias(spec: &AttentionSpec<'_>) -> bool {
 }
 
 /// Fills `words` with one bit per key of `keys` and lane: bit b of word w is key `keys.start + 32 w + b`.
-pub(crate) fn fill_bits(
+#[inline(always)]
+pub(crate) fn fill_bits<S: Simd>(
+    s: S,
     spec: &AttentionSpec<'_>,
     rows: &StripRows,
-    nr: usize,
     keys: &Range<usize>,
     words: &mut [f32],
 ) -> Bits {
+    let nr = words.len() / keys.len().div_ceil(WORD);
     let (mut any, mut all) = (0u32, u32::MAX);
-    let mut same_as_last: Option<(usize, bool)> = None;
-    for lane in 0..nr {
-        if lane >= rows.count {
-            // A lane without a query sees whatever the last one does.
-            for row in words.chunks_exact_mut(nr) {
-                row[lane] = row[rows.count - 1];
-            }
-            continue;
-        }
+    let rowless = is_rowless(spec);
+    for lane in 0..rows.count {
         let (head, query) = (rows.head(lane), rows.query(lane));
-        let rowless = is_rowless(spec);
-        if let Some((last_head, true)) = same_as_last
-            && last_head == head
-        {
+        if rowless && lane > 0 && rows.head(lane - 1) == head {
             for row in words.chunks_exact_mut(nr) {
                 row[lane] = row[lane - 1];
             }
             continue;
         }
-        same_as_last = Some((head, rowless));
+        let at = [rows.segment.index, head, query, keys.start];
+        let mask = spec.mask.as_ref().map(|mask| (mask.at(at), mask.expanded()[3]));
         for (w, row) in words.chunks_exact_mut(nr).enumerate() {
             let start = keys.start + w * WORD;
-            let count = WORD.min(keys.end.saturating_sub(start));
-            let full = if count == WORD { u32::MAX } else { (1u32 << count) - 1 };
+            let count = WORD.min(keys.end - start);
+            let full = u32::MAX >> (WORD - count);
             let mut word = full;
-            if let Some(mask) = &spec.mask {
-                word &= mask_word(mask, [rows.segment.index, head, query, start], count);
+            if let Some((first, stride)) = mask {
+                // SAFETY: the mask has the keys start .. start + count, expanded by its stride.
+                word &= unsafe { mask_word(s, first.wrapping_offset((w * WORD) as isize * stride), stride, count) };
             }
             if let Some(blocks) = spec.block_mask {
-                word &= block_word(blocks, [rows.segment.index, head, query, start], count);
+                word &= block_word(blocks, [at[0], head, query, start], count);
             }
             if let Some(window) = &spec.window
                 && window.dilation > 1
@@ -89,6 +83,11 @@ pub(crate) fn fill_bits(
             all &= word | !full;
             row[lane] = f32::from_bits(word);
         }
+    }
+    // A lane without a query sees whatever the last one does.
+    for row in words.chunks_exact_mut(nr) {
+        let last = row[rows.count - 1];
+        row[rows.count..].fill(last);
     }
     match (any, all) {
         (0, _) => Bits::None,
@@ -105,22 +104,19 @@ fn is_rowless(spec: &AttentionSpec<'_>) -> bool {
 }
 
 /// Up to 32 keys of a boolean mask as bits.
-fn mask_word(mask: &Broadcast<'_, bool>, at: [usize; 4], count: usize) -> u32 {
-    let (first, stride) = (mask.at(at), mask.expanded()[3]);
-    let mut word = 0;
+///
+/// # Safety
+/// `count` values, at least one, must be readable from `first` on, `stride` apart.
+#[inline(always)]
+unsafe fn mask_word<S: Simd>(s: S, first: *const bool, stride: isize, count: usize) -> u32 {
     if stride == 1 && count == WORD {
-        for byte in 0..4 {
-            // SAFETY: 32 values lie from `first` on; a bool is one byte, 0 or 1.
-            let eight = unsafe { first.add(8 * byte).cast::<u64>().read_unaligned() }.to_le();
-            // The multiplication gathers the lowest bit of each byte in the topmost byte, in order.
-            word |= ((eight.wrapping_mul(0x0102_0408_1020_4080) >> 56) as u32) << (8 * byte);
-        }
-    } else {
-        for bit in 0..count {
-            // SAFETY: the mask has this key, expanded by its stride.
-            let sees = unsafe { *first.offset(bit as isize * stride) };
-            word |= u32::from(sees) << bit;
-        }
+        // SAFETY: 32 values lie from `first` on; a bool is one byte, 0 or 1.
+        return unsafe { s.lowest_bits(first.cast()) };
+    }
+    let mut word = 0;
+    for bit in 0..count {
+        // SAFETY: `bit` is below `count`.
+        word |= u32::from(unsafe { *first.offset(bit as isize * stride) }) << bit;
     }
     word
 }
@@ -186,17 +182,59 @@ pub(crate) fn fill_bias<S: Simd>(
             // SAFETY: NR rows of keys lie in `staged`, and the panel has room for them.
             unsafe { transpose(s, (nr, keys.len()), from, keys.len() as isize, to, nr as isize) };
         }
-        None => panel.fill(0.0),
+        None => {}
     }
     if let Some(t5) = &spec.t5_bias {
-        add_t5(s, spec, t5, rows, keys, panel, staged);
+        if spec.bias.is_some() {
+            t5_panel::<S, true>(s, spec, t5, rows, keys, (panel, staged));
+        } else {
+            t5_panel::<S, false>(s, spec, t5, rows, keys, (panel, staged));
+        }
     }
-    // A vector of minima would drop NaN; comparing does not, and there is room for it beside the loads.
-    let mut masks = 0;
-    for x in panel.chunks_exact(S::LANES) {
-        masks |= s.bits(s.eq(s.load(x), s.splat(f32::NEG_INFINITY)));
+    // `min` keeps its second operand where the first is NaN, so a NaN hides nothing. Four minima, for one alone would wait
+    // for each of its comparisons.
+    let mut least = [s.zero(); 4];
+    let mut chunks = panel.chunks_exact(4 * S::LANES);
+    for chunk in &mut chunks {
+        for (i, least) in least.iter_mut().enumerate() {
+            *least = s.min(s.load(&chunk[i * S::LANES..]), *least);
+        }
     }
-    masks != 0
+    for x in chunks.remainder().chunks_exact(S::LANES) {
+        least[0] = s.min(s.load(x), least[0]);
+    }
+    let masked = s.splat(f32::NEG_INFINITY);
+    least.into_iter().any(|least| s.bits(s.eq(least, masked)) != 0)
+}
+
+/// Asks for the mask and the bias of the strip's next block of keys: their rows lie too far apart for the hardware to
+/// foresee.
+#[inline(always)]
+pub(crate) fn prefetch<S: Simd>(s: S, spec: &AttentionSpec<'_>, rows: &StripRows, keys: Range<usize>) {
+    if let Some(mask) = &spec.mask {
+        prefetch_rows(s, mask, rows, keys.clone());
+    }
+    match &spec.bias {
+        Some(Bias::F32(bias)) => prefetch_rows(s, bias, rows, keys),
+        Some(Bias::Half(_, bias)) => prefetch_rows(s, bias, rows, keys),
+        None => {}
+    }
+}
+
+#[inline(always)]
+fn prefetch_rows<S: Simd, T>(s: S, from: &Broadcast<'_, T>, rows: &StripRows, keys: Range<usize>) {
+    const LINE: usize = 64;
+    let [_, _, stride, 1] = from.expanded() else { return };
+    if keys.is_empty() || rows.group != 1 || stride == 0 {
+        return;
+    }
+    let first = from.at([rows.segment.index, rows.head(0), rows.query(0), keys.start]);
+    for lane in 0..rows.count {
+        let row = first.wrapping_offset(lane as isize * stride);
+        for at in (0..keys.len()).step_by(LINE / size_of::<T>()) {
+            s.prefetch(row.wrapping_add(at).cast());
+        }
+    }
 }
 
 /// One query's biases, widened.
@@ -236,17 +274,16 @@ pub(crate) fn t5_bucket(t5: &T5Bias<'_>, distance: i64) -> usize {
     offset + bucket.min(buckets - 1)
 }
 
-/// Adds T5's bias: constant along diagonals, so one row of values over the distances that occur serves all lanes of a
+/// T5's bias into the panel, or added to what is there if `ADD`: constant along diagonals, so one row of values over the distances that occur serves all lanes of a
 /// head. It is filled bucket by bucket, from the few distances where the bucket changes.
 #[inline(always)]
-fn add_t5<S: Simd>(
+fn t5_panel<S: Simd, const ADD: bool>(
     s: S,
     spec: &AttentionSpec<'_>,
     t5: &T5Bias<'_>,
     rows: &StripRows,
     keys: &Range<usize>,
-    panel: &mut [f32],
-    staged: &mut [f32],
+    (panel, staged): (&mut [f32], &mut [f32]),
 ) {
     let nr = panel.len() / keys.len();
     let heads = t5.table.len() / t5.buckets;
@@ -278,8 +315,9 @@ fn add_t5<S: Simd>(
         for (i, row) in panel.chunks_exact_mut(nr).enumerate() {
             let values = &diagonal[keys.len() - 1 - i..][..nr];
             for at in (0..nr).step_by(S::LANES) {
-                let sum = s.add(s.load(&row[at..]), s.load(&values[at..]));
-                s.store(sum, &mut row[at..]);
+                let value = s.load(&values[at..]);
+                let value = if ADD { s.add(s.load(&row[at..]), value) } else { value };
+                s.store(value, &mut row[at..]);
             }
         }
     } else {
@@ -287,7 +325,8 @@ fn add_t5<S: Simd>(
             for (lane, x) in row.iter_mut().enumerate() {
                 let lane = lane.min(rows.count - 1);
                 let p = shift.saturating_add(rows.query(lane) as i64);
-                *x += t5.table[t5_bucket(t5, key as i64 - p) * heads + rows.head(lane)];
+                let value = t5.table[t5_bucket(t5, key as i64 - p) * heads + rows.head(lane)];
+                *x = if ADD { *x + value } else { value };
             }
         }
     }

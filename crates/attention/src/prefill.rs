@@ -26,7 +26,7 @@ use crate::plan::{KEY_BLOCK, Plan, Task, key_block};
 use crate::row_tiles::{RowsOp, for_row_tiles};
 use crate::rule::ScoreRule;
 use crate::runs::Runs;
-use crate::score_ops::{ScorePass, StripLanes, Units, relative_position};
+use crate::score_ops::{ScorePass, StripLanes, TileOps, Units, relative_position};
 use crate::spec::intersect;
 use crate::strip::{MAX_NR, StripRows};
 use crate::weights::SelectedWeights;
@@ -300,7 +300,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         let mut bits = Bits::All;
         if panels::needs_bits(spec, runs.ragged) {
             let words = &mut self.scratch.bits[..keys.len().div_ceil(WORD) * Self::NR];
-            bits = panels::fill_bits(spec, &rows, Self::NR, &keys, words);
+            bits = panels::fill_bits(self.s, spec, &rows, &keys, words);
             if bits == Bits::None {
                 return None;
             }
@@ -309,6 +309,18 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         if call.plan.has_panels {
             let panel = &mut self.scratch.bias[..keys.len() * Self::NR];
             bias_masks = panels::fill_bias(self.s, spec, &rows, &keys, panel, self.scratch.rows);
+        }
+        if spec.bias.is_some() || spec.mask.is_some() {
+            // The strip that comes next: the one before in this block, or the last in the next block.
+            let (strip, keys) = match strip.checked_sub(1) {
+                Some(before) => (before, block.clone()),
+                None => {
+                    let strips = self.task.rows.len().div_ceil(Self::NR);
+                    let end = (block.end + self.key_block).min(rows.segment.key_len);
+                    (strips - 1, block.end..end)
+                }
+            };
+            panels::prefetch(self.s, spec, &self.rows_of(strip), keys);
         }
         let max = self.scores(&rows, &keys, &runs, &visible, (strip, bits, bias_masks));
         let anywhere = bits == Bits::Some || bias_masks || R::ACTIVE || runs.as_slice().len() > 1;
@@ -328,12 +340,16 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         let (s, call, spec) = (self.s, self.call, self.call.spec);
         let (dk, first_key) = (call.plan.shape.key_dim, rows.segment.first_key + keys.start);
         let alibi = spec.alibi_slopes.is_some();
-        let plain =
-            !(spec.softcap.is_some() || call.plan.has_panels || alibi || R::ACTIVE || bits == Bits::Some);
-        // Without an edge in these keys nobody asks.
-        let ends = (!visible.is_whole(keys)).then(|| Ends::new(s, spec, rows, keys.start));
-        let whole =
-            visible.whole.start.saturating_sub(keys.start)..visible.whole.end.saturating_sub(keys.start);
+        let needs_pass = spec.softcap.is_some() || alibi || R::ACTIVE;
+        let tile_ops = TileOps {
+            unit: call.units.unit,
+            bias: call.plan.has_panels.then_some((&*self.scratch.bias, bias_masks)),
+            bits: (bits == Bits::Some).then_some(&*self.scratch.bits),
+            // Without an edge in these keys nobody asks.
+            ends: (!visible.is_whole(keys)).then(|| Ends::new(s, spec, rows, keys.start)),
+            whole: visible.whole.start.saturating_sub(keys.start)
+                ..visible.whole.end.saturating_sub(keys.start),
+        };
         let upcoming = self.is_last(strip).then(|| Upcoming {
             v: call.v.row_ptr(rows.segment.batch, rows.kv_head, first_key),
             stride: call.v.position_stride(),
@@ -341,8 +357,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         });
         let mut op = Scores::<S, NV> {
             s,
-            edge: if plain { ends.as_ref() } else { None },
-            whole: whole.clone(),
+            ops: (!needs_pass && !tile_ops.is_empty()).then_some(&tile_ops),
             base: 0,
             k: call.k.row_ptr(rows.segment.batch, rows.kv_head, first_key),
             k_stride: call.k.position_stride(),
@@ -359,14 +374,14 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
             for_row_tiles::<MR, _>(run.len(), &mut op);
             filled = run.end;
         }
-        if plain {
+        if !needs_pass {
             return op.max;
         }
         s.vectorize(ScorePass {
             s,
             scores: &mut self.scratch.scores[..keys.len() * Self::NR],
             computed: runs.as_slice(),
-            units: call.units,
+            cap: call.units.cap,
             lanes: (alibi || R::ACTIVE)
                 .then(|| StripLanes::new(s, spec, rows, call.plan.shape.query_heads, call.units.unit)),
             alibi,
@@ -374,10 +389,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
             batch: rows.segment.index,
             first_key: keys.start,
             position: relative_position(spec, rows, keys.start),
-            bias: call.plan.has_panels.then_some((&*self.scratch.bias, bias_masks)),
-            bits: (bits == Bits::Some).then_some(&*self.scratch.bits),
-            ends,
-            whole,
+            tile_ops,
         })
     }
 
@@ -423,10 +435,8 @@ pub(crate) struct BlockScores<F, const NV: usize> {
 /// The first product: tile rows are keys, lanes are queries. Rows count from the first key as `k` does.
 struct Scores<'w, S: Simd, const NV: usize> {
     s: S,
-    /// The intervals of the lanes, where tiles outside of `whole` must be masked here.
-    edge: Option<&'w Ends<S::F32, NV>>,
-    /// Keys that all lanes see by their intervals.
-    whole: Range<usize>,
+    /// What happens to scores on the tile, if anything.
+    ops: Option<&'w TileOps<'w, S, NV>>,
     /// Where the run begins that is being computed.
     base: usize,
     k: *const f32,
@@ -470,10 +480,9 @@ impl<S: Simd, const NV: usize> RowsOp for Scores<'_, S, NV> {
         }
         // SAFETY: key rows first..first + ROWS exist and have `depth` values; the packed queries are [depth][nr].
         let mut acc = unsafe { tile::<S, _, ROWS, NV>(s, self.depth, lhs, rhs) };
-        if let Some(ends) = self.edge
-            && (first < self.whole.start || first + ROWS > self.whole.end)
-        {
-            ends.apply(s, first, &mut acc);
+        // Opaque, or the compiler would keep parts of it in registers through the product's loop, which needs them all.
+        if let Some(ops) = core::hint::black_box(self.ops) {
+            ops.apply(s, first, &mut acc);
         }
         let out = &mut self.scores[first * nr..][..ROWS * nr];
         for (i, row) in acc.iter().enumerate() {

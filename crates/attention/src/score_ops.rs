@@ -4,14 +4,15 @@
 //! soft cap, + bias panel, - ALiBi, the caller's rule, x log2(e), interval, bits
 //! ```
 //!
-//! One pass over [keys][NR] in L1, a vector at a time through all steps, in a function of its own: the products' loops stay
-//! as small as without it. A plain call (nothing but intervals) does not come here; its few tiles on an edge are
-//! masked in registers. Each step is there or not for the whole call, so a vector pays one predictable branch for a step
-//! that is not. Units: without a caller's rule the packed queries carry log2(e) and every step adds in units of
-//! log2; with one, scores are natural until the rule has seen them.
+//! Bias, interval and bits are light and are done by the first product on its tile, while it is in registers ([`TileOps`]).
+//! A call with a soft cap, ALiBi or a rule does all steps in one pass over [keys][NR] in L1 instead ([`ScorePass`]), in
+//! a function of its own, so that the products' loops stay small. Each step is there or not for the whole call: one
+//! predictable branch per tile. Units: without a caller's rule the packed queries carry log2(e) and every step adds in
+//! units of log2; with one, scores are natural until the rule has seen them.
 
 use core::ops::Range;
 
+use qkv_gemm::tile::Acc;
 use qkv_simd::math::tanh;
 use qkv_simd::{Simd, SimdOp};
 
@@ -79,22 +80,10 @@ impl<S: Simd, const NV: usize> StripLanes<S, NV> {
     }
 }
 
-/// The pass over one strip and block: everything that it needs. Its output is the largest score per lane.
-pub(crate) struct ScorePass<'w, S: Simd, R, const NV: usize> {
-    pub(crate) s: S,
-    /// [keys][NR], those of the runs that were computed.
-    pub(crate) scores: &'w mut [f32],
-    /// The rows of `scores` that were computed.
-    pub(crate) computed: &'w [Range<usize>],
-    pub(crate) units: Units,
-    /// Where ALiBi or a rule needs them.
-    pub(crate) lanes: Option<StripLanes<S, NV>>,
-    pub(crate) alibi: bool,
-    pub(crate) rule: R,
-    pub(crate) batch: usize,
-    /// The block's first key, and the first lane's position less it.
-    pub(crate) first_key: usize,
-    pub(crate) position: f32,
+/// The last and light steps, for a tile of scores in registers: bias panel, interval, bits.
+pub(crate) struct TileOps<'w, S: Simd, const NV: usize> {
+    /// What the bias is multiplied by.
+    pub(crate) unit: f32,
     /// [keys][NR] in natural units, and whether any of it is -infinity.
     pub(crate) bias: Option<(&'w [f32], bool)>,
     /// [keys / 32][NR].
@@ -104,30 +93,101 @@ pub(crate) struct ScorePass<'w, S: Simd, R, const NV: usize> {
     pub(crate) whole: Range<usize>,
 }
 
-/// The first lane's position counted from a key, as f32; clamped where f32 would round.
+impl<S: Simd, const NV: usize> TileOps<'_, S, NV> {
+    /// Whether there is anything to do.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.bias.is_none() && self.bits.is_none() && self.ends.is_none()
+    }
+
+    #[inline(always)]
+    fn add_bias<const KEYS: usize>(&self, s: S, key: usize, tile: &mut Acc<S, KEYS, NV>) {
+        let Some((panel, masks)) = self.bias else { return };
+        let nr = NV * S::LANES;
+        let panel = &panel[key * nr..][..KEYS * nr];
+        for (i, row) in tile.iter_mut().enumerate() {
+            for (v, score) in row.iter_mut().enumerate() {
+                let bias = s.load(&panel[i * nr + v * S::LANES..]);
+                *score = s.mul_add(bias, s.splat(self.unit), *score);
+                if masks {
+                    // Whatever the score was, NaN too.
+                    let masked = s.splat(f32::NEG_INFINITY);
+                    *score = s.select(s.eq(bias, masked), masked, *score);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn mask<const KEYS: usize>(&self, s: S, key: usize, tile: &mut Acc<S, KEYS, NV>) {
+        let nr = NV * S::LANES;
+        if let Some(ends) = &self.ends
+            && (key < self.whole.start || key + KEYS > self.whole.end)
+        {
+            ends.apply(s, key, tile);
+        }
+        if let Some(words) = self.bits {
+            for (i, row) in tile.iter_mut().enumerate() {
+                let (word, bit) = ((key + i) / WORD, ((key + i) % WORD) as u32);
+                for (v, score) in row.iter_mut().enumerate() {
+                    let word = s.load(&words[word * nr + v * S::LANES..]);
+                    *score = s.select(s.test_bit(word, bit), *score, s.splat(f32::NEG_INFINITY));
+                }
+            }
+        }
+    }
+
+    /// All of them, on the scores of keys `key + i` counted from the block's first.
+    #[inline(always)]
+    pub(crate) fn apply<const KEYS: usize>(&self, s: S, key: usize, tile: &mut Acc<S, KEYS, NV>) {
+        self.add_bias(s, key, tile);
+        self.mask(s, key, tile);
+    }
+}
+
+/// The pass over one strip and block: everything that it needs. Its output is the largest score per lane.
+pub(crate) struct ScorePass<'w, S: Simd, R, const NV: usize> {
+    pub(crate) s: S,
+    /// [keys][NR], those of the runs that were computed.
+    pub(crate) scores: &'w mut [f32],
+    /// The rows of `scores` that were computed.
+    pub(crate) computed: &'w [Range<usize>],
+    pub(crate) cap: Option<f32>,
+    /// Where ALiBi or a rule needs them.
+    pub(crate) lanes: Option<StripLanes<S, NV>>,
+    pub(crate) alibi: bool,
+    pub(crate) rule: R,
+    pub(crate) batch: usize,
+    /// The block's first key, and the first lane's position less it.
+    pub(crate) first_key: usize,
+    pub(crate) position: f32,
+    pub(crate) tile_ops: TileOps<'w, S, NV>,
+}
+
+/// The first lane's position counted from a key, as f32.
 pub(crate) fn relative_position(spec: &AttentionSpec<'_>, rows: &StripRows, key: usize) -> f32 {
     let p = position_shift(spec, &rows.segment).saturating_add(rows.query(0) as i64);
     p.saturating_sub(key as i64) as f32
 }
+
+/// Keys that go through the steps together: what a step asks of the call is then asked once for several vectors.
+const KEYS_AT_ONCE: usize = 4;
 
 impl<S: Simd, R: ScoreRule, const NV: usize> SimdOp for ScorePass<'_, S, R, NV> {
     type Output = [S::F32; NV];
 
     #[inline(always)]
     fn eval<Same: Simd>(mut self, _: Same) -> [S::F32; NV] {
-        let (s, nr) = (self.s, NV * S::LANES);
         let scores = core::mem::take(&mut self.scores);
-        let mut max = [s.splat(f32::NEG_INFINITY); NV];
+        let mut max = [self.s.splat(f32::NEG_INFINITY); NV];
         for run in self.computed {
-            for key in run.clone() {
-                let row = &mut scores[key * nr..][..nr];
-                let on_edge = !self.whole.contains(&key);
-                for v in 0..NV {
-                    let at = &mut row[v * S::LANES..];
-                    let score = self.steps(key, v, on_edge, s.load(at));
-                    s.store(score, at);
-                    max[v] = s.max(score, max[v]);
-                }
+            let mut key = run.start;
+            while key + KEYS_AT_ONCE <= run.end {
+                self.keys::<KEYS_AT_ONCE>(key, scores, &mut max);
+                key += KEYS_AT_ONCE;
+            }
+            while key < run.end {
+                self.keys::<1>(key, scores, &mut max);
+                key += 1;
             }
         }
         max
@@ -135,46 +195,62 @@ impl<S: Simd, R: ScoreRule, const NV: usize> SimdOp for ScorePass<'_, S, R, NV> 
 }
 
 impl<S: Simd, R: ScoreRule, const NV: usize> ScorePass<'_, S, R, NV> {
-    /// All steps for vector `v` of key `key`, counted from the block's first.
+    /// All steps for `KEYS` keys from `key` on, counted from the block's first, and the largest scores so far.
     #[inline(always)]
-    fn steps(&self, key: usize, v: usize, on_edge: bool, score: S::F32) -> S::F32 {
+    fn keys<const KEYS: usize>(&self, key: usize, scores: &mut [f32], max: &mut [S::F32; NV]) {
         let (s, nr) = (self.s, NV * S::LANES);
-        let masked = s.splat(f32::NEG_INFINITY);
-        let mut score = score;
-        if let Some(cap) = self.units.cap {
-            score = s.mul(tanh(s, score), s.splat(cap));
-        }
-        if let Some((panel, masks)) = self.bias {
-            let bias = s.load(&panel[key * nr + v * S::LANES..]);
-            score = s.mul_add(bias, s.splat(self.units.unit), score);
-            if masks {
-                // Whatever the score was, NaN too.
-                score = s.select(s.eq(bias, masked), masked, score);
+        let scores = &mut scores[key * nr..][..KEYS * nr];
+        if let Some(cap) = self.cap {
+            // Through memory: the function is long enough not to be unrolled over many vectors.
+            for x in scores.chunks_exact_mut(S::LANES) {
+                s.store(s.mul(tanh(s, s.load(x)), s.splat(cap)), x);
             }
         }
+        let mut tile = [[s.zero(); NV]; KEYS];
+        for (i, row) in tile.iter_mut().enumerate() {
+            for (v, score) in row.iter_mut().enumerate() {
+                *score = s.load(&scores[i * nr + v * S::LANES..]);
+            }
+        }
+        self.steps(key, &mut tile);
+        for (i, row) in tile.iter().enumerate() {
+            for (v, &score) in row.iter().enumerate() {
+                s.store(score, &mut scores[i * nr + v * S::LANES..]);
+                max[v] = s.max(score, max[v]);
+            }
+        }
+    }
+
+    /// The steps after the soft cap.
+    #[inline(always)]
+    fn steps<const KEYS: usize>(&self, key: usize, tile: &mut Acc<S, KEYS, NV>) {
+        let s = self.s;
+        self.tile_ops.add_bias(s, key, tile);
         if let Some(lanes) = &self.lanes {
             if self.alibi {
-                let distance = s.abs(s.add(lanes.ahead[v], s.splat(self.position - key as f32)));
-                score = s.mul_add(lanes.slopes[v], distance, score);
+                for (i, row) in tile.iter_mut().enumerate() {
+                    let from_key = s.splat(self.position - (key + i) as f32);
+                    for (v, score) in row.iter_mut().enumerate() {
+                        let distance = s.abs(s.add(lanes.ahead[v], from_key));
+                        *score = s.mul_add(lanes.slopes[v], distance, *score);
+                    }
+                }
             }
             if R::ACTIVE {
-                let of_vector = RuleLanes {
-                    batch: self.batch,
-                    head: lanes.heads[v],
-                    query: lanes.queries[v],
-                    position: s.add(lanes.ahead[v], s.splat(self.position + self.first_key as f32)),
-                };
-                score = self.rule.apply(s, &of_vector, self.first_key + key, score);
-                score = s.mul(score, s.splat(core::f32::consts::LOG2_E));
+                for v in 0..NV {
+                    let of_vector = RuleLanes {
+                        batch: self.batch,
+                        head: lanes.heads[v],
+                        query: lanes.queries[v],
+                        position: s.add(lanes.ahead[v], s.splat(self.position + self.first_key as f32)),
+                    };
+                    for (i, row) in tile.iter_mut().enumerate() {
+                        let ruled = self.rule.apply(s, &of_vector, self.first_key + key + i, row[v]);
+                        row[v] = s.mul(ruled, s.splat(core::f32::consts::LOG2_E));
+                    }
+                }
             }
         }
-        if let (true, Some(ends)) = (on_edge, &self.ends) {
-            score = s.select(ends.sees(s, v, s.splat(key as f32)), score, masked);
-        }
-        if let Some(words) = self.bits {
-            let word = s.load(&words[key / WORD * nr + v * S::LANES..]);
-            score = s.select(s.test_bit(word, (key % WORD) as u32), score, masked);
-        }
-        score
+        self.tile_ops.mask(s, key, tile);
     }
 }

@@ -132,6 +132,23 @@ pub trait Simd: sealed::Sealed + Copy + Send + Sync + Debug + 'static {
     /// One bit per lane, lane 0 the lowest.
     fn bits(self, mask: Self::Mask) -> u32;
 
+    /// The lowest bit of each of 32 bytes, the first byte's lowest: booleans as a bit set.
+    ///
+    /// # Safety
+    /// `p` must be valid for reads of 32 bytes.
+    #[inline(always)]
+    unsafe fn lowest_bits(self, p: *const u8) -> u32 {
+        let mut word = 0;
+        for byte in 0..4 {
+            // SAFETY: the caller vouches for 32 bytes.
+            let eight = u64::from_le_bytes(unsafe { p.add(8 * byte).cast::<[u8; 8]>().read() });
+            // The multiplication gathers the lowest bit of each byte in the topmost byte, in order.
+            let gathered = (eight & 0x0101_0101_0101_0101).wrapping_mul(0x0102_0408_1020_4080) >> 56;
+            word |= (gathered as u32) << (8 * byte);
+        }
+        word
+    }
+
     /// The sum of the lanes, by halves.
     fn reduce_add(self, a: Self::F32) -> f32;
     /// The largest lane; NaN lanes may be dropped.

@@ -172,6 +172,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn lowest_bits(self, p: *const u8) -> u32 {
+        // SAFETY: the caller vouches for 32 bytes.
+        unsafe {
+            let bytes = _mm256_loadu_si256(p.cast());
+            // Each byte's lowest bit into its highest; what the shift carries from one byte to the next stays below.
+            _mm256_movemask_epi8(_mm256_slli_epi16::<7>(bytes)).cast_unsigned()
+        }
+    }
+
+    #[inline(always)]
     fn reduce_add(self, a: __m256) -> f32 {
         register_op!({
             let x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
