@@ -38,7 +38,7 @@ pub struct Place {
 ///
 /// ```
 /// use qkv_gemm::{Epilogue, GemmSpec, MatMut, MatRef, Place, gemm_with_epilogue};
-/// use qkv_simd::Simd;
+/// use qkv_simd::{Simd, math};
 ///
 /// /// Divides row i by `sums[i]`.
 /// struct DivideRows<'a>(&'a [f32]);
@@ -155,21 +155,21 @@ impl FromStr for Activation {
 #[inline(always)]
 fn sigmoid<S: Simd>(s: S, x: S::F32) -> S::F32 {
     let one = s.splat(1.0);
-    s.div(one, s.add(one, exp(s, s.sub(s.zero(), x))))
+    s.div(one, s.add(one, math::exp(s, s.sub(s.zero(), x))))
 }
 
 /// GELU with the error function.
 #[inline(always)]
 fn gelu<S: Simd>(s: S, x: S::F32) -> S::F32 {
     let half = s.mul(x, s.splat(0.5));
-    s.mul_add(half, erf(s, s.mul(x, s.splat(core::f32::consts::FRAC_1_SQRT_2))), half)
+    s.mul_add(half, math::erf(s, s.mul(x, s.splat(core::f32::consts::FRAC_1_SQRT_2))), half)
 }
 
 /// GELU with tanh, as x * sigmoid(2 u): 1/2 (1 + tanh u) is the sigmoid of 2 u, without the cancellation near -1.
 #[inline(always)]
 fn gelu_tanh<S: Simd>(s: S, x: S::F32) -> S::F32 {
     /// 2 sqrt(2 / pi).
-    const SCALE: f32 = 1.595_769_1;
+    const SCALE: f32 = 1.595_769;
     const CUBIC: f32 = 0.044_715;
     let square = s.mul(x, x);
     let u2 = s.mul(s.mul(x, s.splat(SCALE)), s.mul_add(square, s.splat(CUBIC), s.splat(1.0)));

@@ -104,6 +104,11 @@ pub enum GemmError {
         /// What [`crate::GemmSpec::isa`] asks for.
         expected: IsaKind,
     },
+    /// A block size is 0.
+    Blocking {
+        /// The block sizes that came.
+        given: crate::Blocking,
+    },
     /// Memory for a packed matrix cannot be had.
     Memory {
         /// The argument.
@@ -163,6 +168,9 @@ impl fmt::Display for GemmError {
             }
             Self::PackedFor { given, expected } => {
                 write!(f, "b: packed for instruction set \"{given}\", expected \"{expected}\"")
+            }
+            Self::Blocking { given } => {
+                write!(f, "blocking: {given:?} given, expected sizes of at least 1")
             }
             Self::Memory { argument, given } => write!(
                 f,

@@ -27,7 +27,8 @@ impl Layout {
 
     /// Row-major without gaps.
     fn dense(argument: &'static str, rows: usize, cols: usize) -> Result<Self, GemmError> {
-        let layout = Self { rows, cols, row_stride: isize::try_from(cols).unwrap_or(isize::MAX), col_stride: 1 };
+        let layout =
+            Self { rows, cols, row_stride: isize::try_from(cols).unwrap_or(isize::MAX), col_stride: 1 };
         match rows.checked_mul(cols) {
             Some(_) if isize::try_from(cols).is_ok() => Ok(layout),
             _ => Err(layout.overflow(argument)),
@@ -227,10 +228,6 @@ impl<'a> MatRef<'a> {
     pub fn as_ptr(&self) -> *const f32 {
         self.ptr
     }
-    pub(crate) fn layout(&self) -> Layout {
-        self.layout
-    }
-
     /// The element (i, j), None outside of the matrix.
     #[must_use]
     pub fn get(&self, i: usize, j: usize) -> Option<f32> {
@@ -276,8 +273,8 @@ impl<'a> MatMut<'a> {
     /// # Errors
     /// As [`MatRef::from_slice`].
     pub fn from_slice(data: &'a mut [f32], rows: usize, cols: usize) -> Result<Self, GemmError> {
-        let view = MatRef::from_slice(data, rows, cols)?;
-        Ok(Self { ptr: data.as_mut_ptr(), layout: view.layout, values: PhantomData })
+        let layout = MatRef::from_slice(data, rows, cols)?.layout;
+        Ok(Self { ptr: data.as_mut_ptr(), layout, values: PhantomData })
     }
 
     /// A matrix whose element (i, j) is `data[offset + i * row_stride + j * col_stride]`. Strides may be negative.
@@ -354,10 +351,6 @@ impl<'a> MatMut<'a> {
     pub fn as_mut_ptr(&mut self) -> *mut f32 {
         self.ptr
     }
-    pub(crate) fn layout(&self) -> Layout {
-        self.layout
-    }
-
     /// The same matrix, read.
     #[must_use]
     pub fn as_ref(&self) -> MatRef<'_> {

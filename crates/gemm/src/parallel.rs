@@ -6,56 +6,86 @@
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-/// Turns of the waiting loop before a caller whose tasks are all taken leaves the waiting to rayon.
+/// Turns of the waiting loop before a caller whose tasks are all taken leaves the waiting to rayon, and how many of them
+/// only spin.
 ///
 /// Rayon blocks a caller from outside the pool on a condition variable, which costs a system call and a wake-up of tens
-/// of microseconds; the other workers finish within one task, a few microseconds. With some 40 cycles to a turn this is
-/// about 50 microseconds, after which the core is better given away.
-const SPINS: usize = 4096;
+/// of microseconds; the other workers finish within one task, a few microseconds. A worker that has no core of its own
+/// needs this one, so after some 10 microseconds of spinning the caller yields it, and after some more blocks.
+const TURNS: usize = 512;
+const SPINS: usize = 256;
+
+/// The tasks that are left, as one worker sees them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tasks<'a> {
+    left: &'a Left,
+    from_the_end: bool,
+}
 
 /// The tasks that are left.
 #[derive(Debug)]
-pub(crate) struct Tasks {
-    next: AtomicUsize,
+struct Left {
     count: usize,
+    taken: AtomicUsize,
+    from_the_start: AtomicUsize,
+    from_the_end: AtomicUsize,
 }
 
-impl Tasks {
-    /// The next task for the caller, if any is left.
-    pub(crate) fn take(&self) -> Option<usize> {
-        // Relaxed is enough: the counter orders nothing but itself; the scope's end publishes what tasks wrote.
-        let task = self.next.fetch_add(1, Ordering::Relaxed);
-        (task < self.count).then_some(task)
+impl Left {
+    fn new(count: usize) -> Self {
+        let zero = || AtomicUsize::new(0);
+        Self { count, taken: zero(), from_the_start: zero(), from_the_end: zero() }
     }
+}
+
+impl Tasks<'_> {
+    /// The next task, if any is left: the caller's thread takes them from the start, the others from the end.
+    ///
+    /// A caller that computes the same product again then finds its part of the operands and of C in its own cache.
+    pub(crate) fn take(&self) -> Option<usize> {
+        let left = self.left;
+        // Relaxed is enough: the counters order nothing but themselves; the scope's end publishes what tasks wrote.
+        if left.taken.fetch_add(1, Ordering::Relaxed) >= left.count {
+            return None;
+        }
+        // As no more than `count` get here, the two ends do not meet.
+        Some(if self.from_the_end {
+            left.count - 1 - left.from_the_end.fetch_add(1, Ordering::Relaxed)
+        } else {
+            left.from_the_start.fetch_add(1, Ordering::Relaxed)
+        })
+    }
+}
+
+/// Runs `worker` on the caller's thread alone.
+pub(crate) fn run_inline(count: usize, worker: impl FnOnce(&Tasks<'_>)) {
+    worker(&Tasks { left: &Left::new(count), from_the_end: false });
 }
 
 /// Runs `worker` on up to `count` threads at once, each of which takes tasks until none is left.
 ///
 /// With one thread or one task it runs on the caller's thread and rayon is not touched. A panic in a worker surfaces
 /// here after the others have finished.
-pub(crate) fn run_tasks(count: usize, worker: impl Fn(&Tasks) + Sync) {
-    let tasks = Tasks { next: AtomicUsize::new(0), count };
-    if count <= 1 {
-        return worker(&tasks);
-    }
-    let workers = rayon::current_num_threads().min(count);
+pub(crate) fn run_tasks(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
+    let workers = if count <= 1 { 1 } else { rayon::current_num_threads().min(count) };
     if workers <= 1 {
-        return worker(&tasks);
+        return run_inline(count, worker);
     }
+    let left = Left::new(count);
     let finished = AtomicUsize::new(1);
     rayon::in_place_scope(|scope| {
         for _ in 1..workers {
             scope.spawn(|_| {
-                worker(&tasks);
+                worker(&Tasks { left: &left, from_the_end: true });
                 finished.fetch_add(1, Ordering::Release);
             });
         }
-        worker(&tasks);
-        for _ in 0..SPINS {
+        worker(&Tasks { left: &left, from_the_end: false });
+        for turn in 0..TURNS {
             if finished.load(Ordering::Acquire) == workers {
                 break;
             }
-            core::hint::spin_loop();
+            if turn < SPINS { core::hint::spin_loop() } else { std::thread::yield_now() }
         }
     });
 }
@@ -78,7 +108,10 @@ mod tests {
                     });
                 };
                 pool.install(go);
-                assert!(runs.iter().all(|r| r.load(Ordering::Relaxed) == 1), "{threads} threads, {count} tasks");
+                assert!(
+                    runs.iter().all(|r| r.load(Ordering::Relaxed) == 1),
+                    "{threads} threads, {count} tasks"
+                );
                 go();
                 assert!(runs.iter().all(|r| r.load(Ordering::Relaxed) == 2), "outside, {count} tasks");
             }

@@ -57,6 +57,22 @@ impl AlignedBuf {
         &mut bytemuck::cast_slice_mut(&mut self.lines)[..len]
     }
 
+    /// As [`Self::reserve`], but None where the memory cannot be had; what was there before is then gone.
+    pub fn try_reserve(&mut self, len: usize) -> Option<&mut [f32]> {
+        let lines = len.div_ceil(LINE);
+        if lines > self.lines.len() {
+            self.lines = Vec::new();
+            self.lines = bytemuck::allocation::try_zeroed_vec(lines).ok()?;
+        }
+        Some(&mut bytemuck::cast_slice_mut(&mut self.lines)[..len])
+    }
+
+    /// The first value; dangling where nothing is reserved.
+    #[must_use]
+    pub fn as_ptr(&self) -> *const f32 {
+        self.lines.as_ptr().cast()
+    }
+
     /// Values that [`Self::reserve`] gives without allocating.
     #[must_use]
     pub fn capacity(&self) -> usize {

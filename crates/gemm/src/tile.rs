@@ -14,6 +14,8 @@
 //! What happens to the accumulators is the caller's business: they are returned by value and, as everything here is
 //! inlined, stay in registers. The contract (layouts, padding, edges) is written down in `docs/KERNELS.md`.
 
+use core::sync::atomic::{Ordering, compiler_fence};
+
 use qkv_simd::Simd;
 
 /// Where the left-hand side's scalars lie: a position that advances along k.
@@ -96,10 +98,25 @@ pub struct Rhs {
 pub unsafe fn tile<S: Simd, L: Lhs, const MR: usize, const NV: usize>(
     s: S,
     depth: usize,
-    mut lhs: L,
+    lhs: L,
     rhs: Rhs,
 ) -> Acc<S, MR, NV> {
-    let mut acc = [[s.zero(); NV]; MR];
+    // SAFETY: the caller's promise.
+    unsafe { tile_onto(s, depth, lhs, rhs, [[s.zero(); NV]; MR]) }
+}
+
+/// As [`tile`], continuing the sums in `acc`: each accumulator is one chain of multiply-adds over both calls.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+pub unsafe fn tile_onto<S: Simd, L: Lhs, const MR: usize, const NV: usize>(
+    s: S,
+    depth: usize,
+    mut lhs: L,
+    rhs: Rhs,
+    mut acc: Acc<S, MR, NV>,
+) -> Acc<S, MR, NV> {
     let mut b = rhs.ptr;
     // Unrolled by hand: the counter and the two pointers are then a tenth of the instructions, not a third.
     for _ in 0..depth / UNROLL {
@@ -108,6 +125,9 @@ pub unsafe fn tile<S: Simd, L: Lhs, const MR: usize, const NV: usize>(
             unsafe {
                 fma_step(s, lhs.advanced(step), b.offset(step as isize * rhs.stride), &mut acc);
             }
+            // A wall for the compiler alone, no instruction: it would begin the next step's loads early, with registers
+            // that are not there, and spill an accumulator (attention on Zen 4: 74 instead of 88 % of the peak).
+            compiler_fence(Ordering::SeqCst);
         }
         lhs = lhs.advanced(UNROLL);
         b = b.wrapping_offset(UNROLL as isize * rhs.stride);
@@ -147,4 +167,36 @@ unsafe fn fma_step<S: Simd, L: Lhs, const MR: usize, const NV: usize>(
             *sum = s.mul_add(scalar, column, *sum);
         }
     }
+}
+
+/// As [`tile`], and leaves the right-hand side behind as a packed panel, `depth * NR` values from `panel` on.
+///
+/// The loads are there anyway and the multiply-adds leave room for the stores, so the copy costs next to nothing. Not
+/// unrolled: the compiler would move the loads of later steps ahead of the stores, and run out of registers.
+///
+/// # Safety
+/// As [`tile`]; `panel` must be writable for `depth * NR` values that neither side reads.
+#[inline(always)]
+pub unsafe fn tile_packing<S: Simd, L: Lhs, const MR: usize, const NV: usize>(
+    s: S,
+    depth: usize,
+    mut lhs: L,
+    rhs: Rhs,
+    panel: *mut f32,
+) -> Acc<S, MR, NV> {
+    let mut acc = [[s.zero(); NV]; MR];
+    let (mut b, mut to) = (rhs.ptr, panel);
+    for _ in 0..depth {
+        // SAFETY: this step of k is below `depth`; the loads are those of `fma_step`.
+        unsafe {
+            for v in 0..NV {
+                s.store_ptr(s.load_ptr(b.add(v * S::LANES)), to.add(v * S::LANES));
+            }
+            fma_step(s, lhs, b, &mut acc);
+        }
+        lhs = lhs.advanced(1);
+        b = b.wrapping_offset(rhs.stride);
+        to = to.wrapping_add(NV * S::LANES);
+    }
+    acc
 }

@@ -8,7 +8,7 @@
 //!
 //! Where `beta` is 0, C is never read: what is in it (NaN, uninitialised memory behind a raw view) does not matter.
 
-use qkv_simd::{Simd, SimdOp};
+use qkv_simd::{Isa, Simd, SimdOp};
 
 use crate::epilogue::{Epilogue, Place};
 use crate::tile::Acc;
@@ -52,6 +52,9 @@ pub(crate) unsafe fn store_registers<S: Simd, const ROWS: usize, const NV: usize
     c: Target,
     cols: usize,
 ) {
+    // Opaque, so that no vector made of them is computed ahead of the tile's loop: it would live through the loop in a
+    // register that an accumulator needs.
+    let scale = core::hint::black_box(scale);
     let alpha = s.splat(scale.alpha);
     if cols == NV * S::LANES {
         if scale.beta == 0.0 {
@@ -107,8 +110,8 @@ pub(crate) struct Block {
     pub(crate) place: (usize, usize, usize),
 }
 
-/// An epilogue as the driver sees it: without its type, so that the driver is compiled once.
-pub(crate) trait Finish<S: Simd>: Sync {
+/// An epilogue as the driver sees it: without its type, so that the driver is compiled once per instruction set.
+pub(crate) trait Finish: Sync {
     /// Whether sums can go to C directly.
     fn direct(&self) -> bool;
 
@@ -116,15 +119,15 @@ pub(crate) trait Finish<S: Simd>: Sync {
     ///
     /// # Safety
     /// The sums must be valid for reads as [`Block`] says, the block of C for writes, and for reads where beta is not 0.
-    unsafe fn finish(&self, s: S, block: Block);
+    unsafe fn finish(&self, isa: Isa, block: Block);
 }
 
-impl<S: Simd, E: Epilogue> Finish<S> for E {
+impl<E: Epilogue> Finish for E {
     fn direct(&self) -> bool {
         self.is_identity()
     }
-    unsafe fn finish(&self, s: S, block: Block) {
-        s.vectorize(FinishOp { epilogue: self, block });
+    unsafe fn finish(&self, isa: Isa, block: Block) {
+        isa.dispatch(FinishOp { epilogue: self, block });
     }
 }
 
@@ -191,9 +194,7 @@ unsafe fn gather<S: Simd>(s: S, c: Target, lanes: usize) -> S::F32 {
 unsafe fn scatter<S: Simd>(s: S, x: S::F32, c: Target, lanes: usize) {
     if c.col_stride == 1 {
         // SAFETY: the caller's promise, with neighbours in memory.
-        unsafe {
-            if lanes == S::LANES { s.store_ptr(x, c.ptr) } else { s.store_partial(x, c.ptr, lanes) }
-        }
+        unsafe { if lanes == S::LANES { s.store_ptr(x, c.ptr) } else { s.store_partial(x, c.ptr, lanes) } }
         return;
     }
     let mut values = [0.0; MOST_LANES];
