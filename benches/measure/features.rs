@@ -11,8 +11,8 @@ use clap::Args;
 use qkv::rule::{RuleLanes, ScoreRule};
 use qkv::simd::Simd;
 use qkv::{
-    AttentionSpec, Bias, BlockMask, Broadcast, Causal, Outputs, Packed, T5Bias, Tensor, Window, attention_into,
-    attention_packed, attention_with_rule,
+    AttentionSpec, Bias, BlockMask, Broadcast, Causal, Outputs, Packed, T5Bias, Tensor, Window,
+    attention_into, attention_packed, attention_with_rule,
 };
 use qkv_benches::{Environment, Random, median, quartiles, seconds_per_call};
 
@@ -82,7 +82,10 @@ impl Inputs {
         Ok(Box::new(move || call().expect("it has run before")))
     }
 
-    fn call_with_rule<'a, R: ScoreRule + 'a>(&'a self, rule: R) -> Result<Box<dyn FnMut() + 'a>, Box<dyn Error>> {
+    fn call_with_rule<'a, R: ScoreRule + 'a>(
+        &'a self,
+        rule: R,
+    ) -> Result<Box<dyn FnMut() + 'a>, Box<dyn Error>> {
         let mut out = Tensor::zeros(self.shape)?;
         let spec = AttentionSpec::new();
         let mut call = move || {
@@ -112,7 +115,7 @@ const LONG: usize = 4096;
 const WINDOW: usize = 256;
 
 /// Runs the rounds and prints the table.
-pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let mut random = Random::new(2);
     let usual = Inputs::new([1, HEADS, LENGTH, 64])?;
     let long = Inputs::new([1, HEADS, LONG, 64])?;
@@ -158,10 +161,18 @@ pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error
     add("vector rule against ALiBi", built_in, usual.call_with_rule(OwnAlibi { slope: 0.25 })?, 1.0, 1.05);
     let window = causal().with_window(Window::new(Some(WINDOW - 1), None));
     add("window 256, S 4096, causal", long.call(causal())?, long.call(window)?, of_causal, 1.0 / 0.75);
-    add("block-sparse, 10 %", base()?, usual.call(plain().with_block_mask(&sparse))?, density, 0.14 / density);
+    add(
+        "block-sparse, 10 %",
+        base()?,
+        usual.call(plain().with_block_mask(&sparse))?,
+        density,
+        0.14 / density,
+    );
     let of_512 = packed_scores as f64 / (512 * 512) as f64;
     add("64 packed sequences", short.call(plain())?, packed.call_packed(&ends)?, of_512, 1.1);
-    pairs.retain(|pair| options.filter.is_empty() || options.filter.iter().any(|text| pair.name.contains(text)));
+    pairs.retain(|pair| {
+        options.filter.is_empty() || options.filter.iter().any(|text| pair.name.contains(text))
+    });
 
     let mut ratios = vec![Vec::new(); pairs.len()];
     for round in 0..options.rounds {

@@ -180,7 +180,7 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
     match cli.command {
         Command::Matrix(options) => matrix::run(&options, threads),
         Command::Errors(options) => errors::run(&options),
-        Command::Features(options) => features::run(&options, threads),
+        Command::Features(options) => features::run(&options),
         Command::Gemm(GemmArgs { m, k, n, blocking, how }) => {
             let shape = GemmShape::new(m, k, n);
             print_rate(shape.flops(), prepare_product(shape, blocking)?, &how, threads)

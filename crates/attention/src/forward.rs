@@ -1,11 +1,11 @@
 //! The way in: checks, then the plan, then the tasks.
 
+use qkv_gemm::parallel::{Tasks, run_inline, run_tasks_in_order};
 use qkv_gemm::with_tile;
 use qkv_simd::Isa;
 
 use crate::check::{ascending, check_axis, check_inputs, check_per_sequence, count, short_enough};
 use crate::interval::Segment;
-use crate::parallel::for_each_task;
 use crate::plan::{BlockCounts, Plan, Sequences, Shape};
 use crate::prefill::{Call, Prefill};
 use crate::rule::{NoRule, ScoreRule};
@@ -164,10 +164,16 @@ fn run<R: ScoreRule>(
     let plan = Plan::new(shape, spec, sequences, isa);
     let units = Units::new(spec, shape.key_dim, R::ACTIVE);
     let call = Call { q, k, v, out, lse, maxima, weights: None, spec, rule, units, plan };
-    let inline = shape.flops(spec.causal) < INLINE_FLOPS;
-    for_each_task(call.plan.tasks(), inline, |index| {
-        with_tile(isa, Prefill { call: &call, task: call.plan.task(index) });
-    });
+    let work = |tasks: &Tasks<'_>| {
+        while let Some(index) = tasks.take() {
+            with_tile(isa, Prefill { call: &call, task: call.plan.task(index) });
+        }
+    };
+    if shape.flops(spec.causal) < INLINE_FLOPS {
+        run_inline(call.plan.tasks(), work);
+    } else {
+        run_tasks_in_order(call.plan.tasks(), work);
+    }
     Ok(())
 }
 

@@ -13,7 +13,6 @@ mod interval;
 pub mod merge;
 mod online_softmax;
 mod panels;
-mod parallel;
 mod plan;
 mod prefill;
 pub mod reference;

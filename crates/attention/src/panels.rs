@@ -67,7 +67,9 @@ pub(crate) fn fill_bits<S: Simd>(
             let mut word = full;
             if let Some((first, stride)) = mask {
                 // SAFETY: the mask has the keys start .. start + count, expanded by its stride.
-                word &= unsafe { mask_word(s, first.wrapping_offset((w * WORD) as isize * stride), stride, count) };
+                word &= unsafe {
+                    mask_word(s, first.wrapping_offset((w * WORD) as isize * stride), stride, count)
+                };
             }
             if let Some(blocks) = spec.block_mask {
                 word &= block_word(blocks, [at[0], head, query, start], count);

@@ -4,6 +4,7 @@
 
 use core::ops::Range;
 
+use qkv_gemm::parallel::run_tasks_in_order;
 use qkv_gemm::with_tile;
 use qkv_simd::math::exp2_nonpositive;
 use qkv_simd::{Isa, Simd, SimdOp};
@@ -11,7 +12,6 @@ use qkv_simd::{Isa, Simd, SimdOp};
 use crate::check::{MAX_LENGTH, check_inputs};
 use crate::forward::batches;
 use crate::online_softmax;
-use crate::parallel::for_each_task;
 use crate::plan::{Plan, Task};
 use crate::prefill::{BlockScores, Call, Prefill, Worker};
 use crate::rule::{NoRule, ScoreRule};
@@ -85,8 +85,10 @@ pub fn attention_weights(
         units,
         plan,
     };
-    for_each_task(tasks.len(), false, |index| {
-        with_tile(isa, Prefill { call: &call, task: tasks[index].clone() });
+    run_tasks_in_order(tasks.len(), |numbers| {
+        while let Some(index) = numbers.take() {
+            with_tile(isa, Prefill { call: &call, task: tasks[index].clone() });
+        }
     });
     Ok(weights)
 }

@@ -3,17 +3,8 @@
 mod common;
 
 use common::Case;
+use common::problem::causal;
 use proptest::prelude::*;
-use qkv_attention::Causal;
-
-fn causal() -> impl Strategy<Value = Option<Causal>> {
-    prop_oneof![
-        Just(None),
-        Just(Some(Causal::TopLeft)),
-        Just(Some(Causal::BottomRight)),
-        (-150i64..150).prop_map(|offset| Some(Causal::Offset(offset))),
-    ]
-}
 
 prop_compose! {
     fn cases()(

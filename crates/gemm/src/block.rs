@@ -14,7 +14,7 @@ use qkv_simd::{Isa, Simd};
 
 use crate::pack::{Source, pack_rhs_raw};
 use crate::tile::{Acc, Columns, Lhs, Rhs, Rows, tile, tile_packing};
-use crate::writeback::{Block, Finish, Scale, Target, store_registers};
+use crate::writeback::{BiasFloor, Block, Finish, Plain, Scale, Simple, Target, store_registers};
 
 /// Where tile number `index`, which starts at row `row` of a block of A, finds its scalars.
 pub(crate) trait LhsBlock: Copy {
@@ -86,6 +86,17 @@ pub(crate) fn next_rows(left: usize, mr: usize, any_row: bool) -> usize {
     }
 }
 
+/// How sums leave the registers.
+#[derive(Clone, Copy)]
+pub(crate) enum Leave<'a> {
+    /// To a C whose columns are neighbours, as they are.
+    Plain,
+    /// To such a C by way of a short epilogue.
+    Simple(Simple<'a>),
+    /// To L1, where the epilogue takes them up.
+    ThroughL1(&'a dyn Finish),
+}
+
 /// The rest of what a block of C needs.
 #[derive(Clone, Copy)]
 pub(crate) struct Job<'a> {
@@ -95,8 +106,7 @@ pub(crate) struct Job<'a> {
     pub(crate) depth: usize,
     pub(crate) scale: Scale,
     pub(crate) c: Target,
-    /// The epilogue, where sums cannot go from the registers to C.
-    pub(crate) finish: Option<&'a dyn Finish>,
+    pub(crate) leave: Leave<'a>,
     /// Batch, row and column of the block in C.
     pub(crate) place: (usize, usize, usize),
 }
@@ -239,16 +249,24 @@ unsafe fn emit<S: Simd, const R: usize, const NV: usize>(
     spill: &mut [f32; LARGEST_TILE],
 ) {
     let nr = NV * S::LANES;
-    let Some(finish) = job.finish else {
-        // SAFETY: the caller's promise; without an epilogue to call, columns of C are neighbours.
-        return unsafe { store_registers::<S, R, NV>(s, acc, job.scale, c, cols) };
+    let (batch, row0, col0) = job.place;
+    let finish = match job.leave {
+        Leave::Plain => {
+            // SAFETY: the caller's promise; C is as `Leave` says.
+            return unsafe { store_registers::<S, _, R, NV>(s, acc, Plain, job.scale, c, cols) };
+        }
+        Leave::Simple(simple) => {
+            let touch = BiasFloor::<S, NV>::new(s, simple.at(col0 + col));
+            // SAFETY: as above.
+            return unsafe { store_registers::<S, _, R, NV>(s, acc, touch, job.scale, c, cols) };
+        }
+        Leave::ThroughL1(finish) => finish,
     };
     for (i, vectors) in acc.into_iter().enumerate() {
         for (v, sum) in vectors.into_iter().enumerate() {
             s.store(sum, &mut spill[i * nr + v * S::LANES..]);
         }
     }
-    let (batch, row0, col0) = job.place;
     let place = (batch, row0 + row, col0 + col);
     let block = Block { sums: spill.as_ptr(), stride: nr, rows: R, cols, scale: job.scale, c, place };
     // SAFETY: the sums were written above to whole vectors; C as before.

@@ -18,7 +18,7 @@
 
 use qkv_simd::{Isa, Simd};
 
-use crate::block::{Job, Packed, RhsPanels, macro_kernel};
+use crate::block::{Job, Leave, Packed, RhsPanels, macro_kernel};
 use crate::epilogue::Identity;
 use crate::pack::{Source, copy_rows_raw, pack_lhs_raw, pack_rhs_raw};
 use crate::packed::PackedRhs;
@@ -129,13 +129,15 @@ impl<'a> Product<'a> {
         }
     }
 
-    /// The epilogue that a block of k needs: none before the last one, none where sums go from registers to C.
+    /// How the sums of a block of k leave: with the epilogue in the last block only, through L1 where they must.
     #[inline]
-    pub(crate) fn finish_for(&self, last: bool) -> Option<&'a dyn Finish> {
-        match (last && !self.finish.direct(), self.c.col_stride == 1) {
-            (true, _) => Some(self.finish),
-            (false, false) => Some(&Identity),
-            (false, true) => None,
+    fn leave(&self, last: bool) -> Leave<'a> {
+        let contiguous = self.c.col_stride == 1;
+        match (last && !self.finish.direct(), self.finish.simple()) {
+            (true, Some(simple)) if contiguous => Leave::Simple(simple),
+            (true, _) => Leave::ThroughL1(self.finish),
+            (false, _) if contiguous => Leave::Plain,
+            (false, _) => Leave::ThroughL1(&Identity),
         }
     }
 
@@ -310,7 +312,7 @@ impl Part<'_> {
                     depth,
                     scale,
                     c: p.c.at(row, self.col),
-                    finish: p.finish_for(last),
+                    leave: p.leave(last),
                     place: (self.batch, row, self.col),
                 };
                 let ptr = p.a.at(row, start);

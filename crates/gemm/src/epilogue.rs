@@ -69,6 +69,12 @@ pub trait Epilogue: Sync {
     fn is_identity(&self) -> bool {
         false
     }
+
+    /// Where [`Self::apply`] is `max(floor, x + bias[column])` (without a bias `max(floor, x)`): the bias and the floor,
+    /// which sums then meet in registers. The bias must have a value for every column.
+    fn bias_and_floor(&self) -> Option<(Option<&[f32]>, f32)> {
+        None
+    }
 }
 
 /// No epilogue.
@@ -193,8 +199,13 @@ impl Epilogue for BiasActivation<'_> {
             Some(bias) if self.per_row => s.add(x, s.splat(bias[place.row])),
             Some(bias) => {
                 let bias = &bias[place.col..][..place.lanes];
-                // SAFETY: the slice has `lanes` values, and a vector at least as many lanes.
-                s.add(x, unsafe { s.load_partial(bias.as_ptr(), place.lanes) })
+                let bias = if place.lanes == S::LANES {
+                    s.load(bias)
+                } else {
+                    // SAFETY: the slice has `lanes` values, fewer than a vector.
+                    unsafe { s.load_partial(bias.as_ptr(), place.lanes) }
+                };
+                s.add(x, bias)
             }
         };
         match self.activation {
@@ -204,5 +215,13 @@ impl Epilogue for BiasActivation<'_> {
     }
     fn is_identity(&self) -> bool {
         self.bias.is_none() && self.activation.is_none()
+    }
+    fn bias_and_floor(&self) -> Option<(Option<&[f32]>, f32)> {
+        let floor = match self.activation {
+            None => f32::NEG_INFINITY,
+            Some(Activation::Relu) => 0.0,
+            Some(_) => return None,
+        };
+        (!self.per_row || self.bias.is_none()).then_some((self.bias, floor))
     }
 }

@@ -101,7 +101,7 @@ pub enum GemmError {
     PackedFor {
         /// What it was packed for.
         given: IsaKind,
-        /// What [`crate::GemmSpec::isa`] asks for.
+        /// What the field `isa` of [`crate::GemmSpec`] asks for.
         expected: IsaKind,
     },
     /// A block size is 0.

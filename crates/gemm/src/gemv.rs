@@ -7,7 +7,7 @@
 //! ```text
 //! rows are contiguous      stream: sums[few][NC] += few x 12 times 12 x NC, twelve rows of the matrix side by side;
 //!                          the sums stay in L1, the register tile does the work
-//! columns are contiguous   dots: lanes run along k, up to 8 columns at once against up to 6 rows, summed at the end
+//! columns are contiguous   dots: lanes run along k, up to 8 columns at once or up to 4 rows, summed at the end
 //! ```
 //!
 //! Neither stride 1: the general driver packs it. Tasks are strips of columns, k is not split, so the result does not

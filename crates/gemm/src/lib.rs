@@ -36,7 +36,7 @@ mod gemv;
 mod matrix;
 mod pack;
 mod packed;
-mod parallel;
+pub mod parallel;
 mod params;
 mod scratch;
 mod shapes;

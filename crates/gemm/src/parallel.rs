@@ -11,13 +11,13 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 ///
 /// Rayon blocks a caller from outside the pool on a condition variable, which costs a system call and a wake-up of tens
 /// of microseconds; the other workers finish within one task, a few microseconds. A worker that has no core of its own
-/// needs this one, so after some 10 microseconds of spinning the caller yields it, and after some more blocks.
+/// needs this one, so after some 7 microseconds of spinning the caller yields it, and after some more blocks.
 const TURNS: usize = 512;
 const SPINS: usize = 256;
 
 /// The tasks that are left, as one worker sees them.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Tasks<'a> {
+pub struct Tasks<'a> {
     left: &'a Left,
     from_the_end: bool,
 }
@@ -42,7 +42,7 @@ impl Tasks<'_> {
     /// The next task, if any is left: the caller's thread takes them from the start, the others from the end.
     ///
     /// A caller that computes the same product again then finds its part of the operands and of C in its own cache.
-    pub(crate) fn take(&self) -> Option<usize> {
+    pub fn take(&self) -> Option<usize> {
         let left = self.left;
         // Relaxed is enough: the counters order nothing but themselves; the scope's end publishes what tasks wrote.
         if left.taken.fetch_add(1, Ordering::Relaxed) >= left.count {
@@ -58,7 +58,7 @@ impl Tasks<'_> {
 }
 
 /// Runs `worker` on the caller's thread alone.
-pub(crate) fn run_inline(count: usize, worker: impl FnOnce(&Tasks<'_>)) {
+pub fn run_inline(count: usize, worker: impl FnOnce(&Tasks<'_>)) {
     worker(&Tasks { left: &Left::new(count), from_the_end: false });
 }
 
@@ -66,7 +66,16 @@ pub(crate) fn run_inline(count: usize, worker: impl FnOnce(&Tasks<'_>)) {
 ///
 /// With one thread or one task it runs on the caller's thread and rayon is not touched. A panic in a worker surfaces
 /// here after the others have finished.
-pub(crate) fn run_tasks(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
+pub fn run_tasks(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
+    run(count, true, worker);
+}
+
+/// [`run_tasks`] with all threads taking from the start: for a list that has its longest tasks there.
+pub fn run_tasks_in_order(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
+    run(count, false, worker);
+}
+
+fn run(count: usize, from_the_end: bool, worker: impl Fn(&Tasks<'_>) + Sync) {
     let workers = if count <= 1 { 1 } else { rayon::current_num_threads().min(count) };
     if workers <= 1 {
         return run_inline(count, worker);
@@ -76,7 +85,7 @@ pub(crate) fn run_tasks(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
     rayon::in_place_scope(|scope| {
         for _ in 1..workers {
             scope.spawn(|_| {
-                worker(&Tasks { left: &left, from_the_end: true });
+                worker(&Tasks { left: &left, from_the_end });
                 finished.fetch_add(1, Ordering::Release);
             });
         }

@@ -1,7 +1,7 @@
 //! From sums to C: `C = epilogue(alpha * sum + beta * C)`.
 //!
-//! Two ways. Sums that need no epilogue and whose row of C is contiguous go from the registers to memory
-//! ([`store_registers`]). All others are laid down as a small dense block in L1 and taken up again row by row
+//! Two ways. Sums that need no epilogue, or only a bias and a floor ([`Simple`]), and whose row of C is contiguous go from
+//! the registers to memory ([`store_registers`]). All others are laid down as a small dense block in L1 and taken up again row by row
 //! ([`Finish`]): that gives the epilogue one place in the machine code instead of one per accumulator, serves any stride
 //! of C, and takes the sums of the matrix-vector paths as well. It costs a store and a load per vector, once per
 //! element of C.
@@ -40,14 +40,84 @@ impl Target {
     }
 }
 
+/// An epilogue that is so short that sums need not leave the registers for it: `max(floor, x + bias)`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Simple<'a> {
+    /// One value per column of C.
+    pub(crate) bias: Option<&'a [f32]>,
+    /// 0 for ReLU, else -infinity, which changes nothing, not even a NaN.
+    pub(crate) floor: f32,
+}
+
+impl<'a> Simple<'a> {
+    /// From column `col` on.
+    #[inline(always)]
+    pub(crate) fn at(self, col: usize) -> Self {
+        Self { bias: self.bias.map(|bias: &'a [f32]| bias.get(col..).unwrap_or(&[])), ..self }
+    }
+}
+
+/// What happens to a value between the scaling and the store.
+pub(crate) trait Touch<S: Simd>: Copy {
+    /// The value of vector `v` of a row.
+    fn touch(self, s: S, x: S::F32, v: usize) -> S::F32;
+}
+
+/// Nothing.
+#[derive(Clone, Copy)]
+pub(crate) struct Plain;
+
+impl<S: Simd> Touch<S> for Plain {
+    #[inline(always)]
+    fn touch(self, _: S, x: S::F32, _: usize) -> S::F32 {
+        x
+    }
+}
+
+/// [`Simple`], in vectors.
+#[derive(Clone, Copy)]
+pub(crate) struct BiasFloor<S: Simd, const NV: usize> {
+    bias: [S::F32; NV],
+    floor: S::F32,
+}
+
+impl<S: Simd, const NV: usize> BiasFloor<S, NV> {
+    #[inline(always)]
+    pub(crate) fn new(s: S, simple: Simple<'_>) -> Self {
+        // Adding -0 changes nothing, not even a zero's sign.
+        let mut bias = [s.splat(-0.0); NV];
+        if let Some(values) = simple.bias {
+            for (v, vector) in bias.iter_mut().enumerate() {
+                let left = &values[values.len().min(v * S::LANES)..];
+                *vector = if left.len() >= S::LANES {
+                    s.load(left)
+                } else {
+                    // SAFETY: `left` has so many values, fewer than a vector.
+                    unsafe { s.load_partial(left.as_ptr(), left.len()) }
+                };
+            }
+        }
+        Self { bias, floor: s.splat(simple.floor) }
+    }
+}
+
+impl<S: Simd, const NV: usize> Touch<S> for BiasFloor<S, NV> {
+    #[inline(always)]
+    fn touch(self, s: S, x: S::F32, v: usize) -> S::F32 {
+        // `max` keeps a NaN in its second operand.
+        s.max(self.floor, s.add(x, self.bias[v]))
+    }
+}
+
 /// Writes `ROWS` rows of `cols` sums (at most `NV` vectors) to rows of C that are contiguous.
 ///
 /// # Safety
 /// The block of C must be valid for writes, for reads where beta is not 0, and have a column stride of 1.
 #[inline(always)]
-pub(crate) unsafe fn store_registers<S: Simd, const ROWS: usize, const NV: usize>(
+pub(crate) unsafe fn store_registers<S: Simd, T: Touch<S>, const ROWS: usize, const NV: usize>(
     s: S,
     acc: Acc<S, ROWS, NV>,
+    touch: T,
     scale: Scale,
     c: Target,
     cols: usize,
@@ -55,28 +125,24 @@ pub(crate) unsafe fn store_registers<S: Simd, const ROWS: usize, const NV: usize
     // Opaque, so that no vector made of them is computed ahead of the tile's loop: it would live through the loop in a
     // register that an accumulator needs.
     let scale = core::hint::black_box(scale);
-    let alpha = s.splat(scale.alpha);
+    let (alpha, beta) = (s.splat(scale.alpha), s.splat(scale.beta));
     if cols == NV * S::LANES {
-        if scale.beta == 0.0 {
-            for (i, row) in acc.into_iter().enumerate() {
-                for (v, sum) in row.into_iter().enumerate() {
-                    // SAFETY: row i < ROWS and columns of vector v are inside the block.
-                    unsafe { s.store_ptr(s.mul(alpha, sum), c.at(i, v * S::LANES).ptr) };
-                }
-            }
-        } else {
-            let beta = s.splat(scale.beta);
-            for (i, row) in acc.into_iter().enumerate() {
-                for (v, sum) in row.into_iter().enumerate() {
-                    let p = c.at(i, v * S::LANES).ptr;
-                    // SAFETY: as above; beta is not 0, so C may be read.
-                    unsafe { s.store_ptr(s.mul_add(alpha, sum, s.mul(beta, s.load_ptr(p))), p) };
+        for (i, row) in acc.into_iter().enumerate() {
+            for (v, sum) in row.into_iter().enumerate() {
+                let p = c.at(i, v * S::LANES).ptr;
+                // SAFETY: row i < ROWS and columns of vector v are inside the block; C is read where beta is not 0.
+                unsafe {
+                    let x = if scale.beta == 0.0 {
+                        s.mul(alpha, sum)
+                    } else {
+                        s.mul_add(alpha, sum, s.mul(beta, s.load_ptr(p)))
+                    };
+                    s.store_ptr(touch.touch(s, x, v), p);
                 }
             }
         }
         return;
     }
-    let beta = s.splat(scale.beta);
     for (i, row) in acc.into_iter().enumerate() {
         for (v, sum) in row.into_iter().enumerate() {
             let lanes = cols.saturating_sub(v * S::LANES).min(S::LANES);
@@ -89,7 +155,7 @@ pub(crate) unsafe fn store_registers<S: Simd, const ROWS: usize, const NV: usize
                     } else {
                         s.mul_add(alpha, sum, s.mul(beta, s.load_partial(p, lanes)))
                     };
-                    s.store_partial(x, p, lanes);
+                    s.store_partial(touch.touch(s, x, v), p, lanes);
                 }
             }
         }
@@ -112,8 +178,11 @@ pub(crate) struct Block {
 
 /// An epilogue as the driver sees it: without its type, so that the driver is compiled once per instruction set.
 pub(crate) trait Finish: Sync {
-    /// Whether sums can go to C directly.
+    /// Whether sums can go to C as they are.
     fn direct(&self) -> bool;
+
+    /// The epilogue as a short one, where it is.
+    fn simple(&self) -> Option<Simple<'_>>;
 
     /// Writes a block with the epilogue.
     ///
@@ -125,6 +194,9 @@ pub(crate) trait Finish: Sync {
 impl<E: Epilogue> Finish for E {
     fn direct(&self) -> bool {
         self.is_identity()
+    }
+    fn simple(&self) -> Option<Simple<'_>> {
+        Epilogue::bias_and_floor(self).map(|(bias, floor)| Simple { bias, floor })
     }
     unsafe fn finish(&self, isa: Isa, block: Block) {
         isa.dispatch(FinishOp { epilogue: self, block });
