@@ -50,6 +50,11 @@ pub(crate) fn fill_bits<S: Simd>(
     let nr = words.len() / keys.len().div_ceil(WORD);
     let (mut any, mut all) = (0u32, u32::MAX);
     let rowless = is_rowless(spec);
+    if let (Some(mask), false, false) = (&spec.mask, rowless, needs_more_than_mask(spec)) {
+        if mask.expanded()[3] == 1 && keys.len() % WORD == 0 {
+            return fill_mask_bits(s, mask, rows, keys, words);
+        }
+    }
     for lane in 0..rows.count {
         let (head, query) = (rows.head(lane), rows.query(lane));
         if rowless && lane > 0 && rows.head(lane - 1) == head {
@@ -86,7 +91,42 @@ pub(crate) fn fill_bits<S: Simd>(
             row[lane] = f32::from_bits(word);
         }
     }
-    // A lane without a query sees whatever the last one does.
+    finish_bits(rows, nr, words, (any, all))
+}
+
+/// Whether bits come from more than the boolean mask.
+fn needs_more_than_mask(spec: &AttentionSpec<'_>) -> bool {
+    spec.block_mask.is_some() || spec.window.is_some_and(|window| window.dilation > 1)
+}
+
+/// [`fill_bits`] for nothing but a mask of whole words with its keys side by side: a loop short enough that the loads of
+/// many rows, which come from far apart, are under way together.
+#[inline(always)]
+fn fill_mask_bits<S: Simd>(
+    s: S,
+    mask: &Broadcast<'_, bool>,
+    rows: &StripRows,
+    keys: &Range<usize>,
+    words: &mut [f32],
+) -> Bits {
+    let count = keys.len() / WORD;
+    let nr = words.len() / count;
+    let (mut any, mut all) = (0u32, u32::MAX);
+    for lane in 0..rows.count {
+        let first = mask.at([rows.segment.index, rows.head(lane), rows.query(lane), keys.start]);
+        for w in 0..count {
+            // SAFETY: the mask has these 32 keys of the query, side by side; a bool is one byte, 0 or 1.
+            let word = unsafe { s.lowest_bits(first.add(w * WORD).cast()) };
+            any |= word;
+            all &= word;
+            words[w * nr + lane] = f32::from_bits(word);
+        }
+    }
+    finish_bits(rows, nr, words, (any, all))
+}
+
+/// Fills the lanes without a query, which see whatever the last one does, and says what the bits are as a whole.
+fn finish_bits(rows: &StripRows, nr: usize, words: &mut [f32], (any, all): (u32, u32)) -> Bits {
     for row in words.chunks_exact_mut(nr) {
         let last = row[rows.count - 1];
         row[rows.count..].fill(last);

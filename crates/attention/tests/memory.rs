@@ -1,6 +1,6 @@
 //! The score matrix does not exist: what a call allocates, counted by the allocator, does not grow with the lengths.
 //!
-//! One test in a binary of its own: the counter sees every thread of the process.
+//! The counter sees every thread of the process, so the test that reads it is the only one here that computes.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -83,4 +83,17 @@ fn scratch_is_fixed() {
         assert!(scratch < 2 << 20);
         assert!(extra <= 2 * scratch + 4096, "length {length}: {extra} bytes, scratch {scratch}");
     }
+}
+
+#[test]
+fn scratch_of_a_long_sequence_is_what_it_is_of_a_short_one() {
+    // Views with stride 0: 65536 positions of the same 64 values.
+    let data = [0.5f32; 64];
+    let of_length = |length| {
+        let view = TensorRef::from_slice_strided(&data, 0, [1, 1, length, 64], [0, 0, 0, 1]).unwrap();
+        let spec = AttentionSpec::new().with_causal(Causal::TopLeft);
+        explain(view, view, view, &spec).unwrap().plan.scratch_bytes()
+    };
+    assert_eq!(of_length(65536), of_length(4096));
+    assert!(of_length(65536) < 2 << 20, "{} bytes", of_length(65536));
 }
