@@ -262,3 +262,16 @@ fn the_plan_says_what_will_be_done() {
     );
     assert!(plan.plan.tasks() > 2);
 }
+
+#[test]
+fn scratch_of_a_long_sequence_is_what_it_is_of_a_short_one() {
+    // Views with stride 0: 65536 positions of the same 64 values.
+    let data = [0.5f32; 64];
+    let of_length = |length| {
+        let view = TensorRef::from_slice_strided(&data, 0, [1, 1, length, 64], [0, 0, 0, 1]).unwrap();
+        let spec = AttentionSpec::new().with_causal(Causal::TopLeft);
+        explain(view, view, view, &spec).unwrap().plan.scratch_bytes()
+    };
+    assert_eq!(of_length(65536), of_length(4096));
+    assert!(of_length(65536) < 2 << 20, "{} bytes", of_length(65536));
+}
