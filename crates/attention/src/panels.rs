@@ -55,14 +55,10 @@ pub(crate) fn fill_bits<S: Simd>(
             return fill_mask_bits(s, mask, rows, keys, words);
         }
     }
-    for lane in 0..rows.count {
+    // A key padding mask is the same for all queries of a head: with one head, one lane is enough.
+    let filled = if rowless && rows.group == 1 { 1 } else { rows.count };
+    for lane in 0..filled {
         let (head, query) = (rows.head(lane), rows.query(lane));
-        if rowless && lane > 0 && rows.head(lane - 1) == head {
-            for row in words.chunks_exact_mut(nr) {
-                row[lane] = row[lane - 1];
-            }
-            continue;
-        }
         let at = [rows.segment.index, head, query, keys.start];
         let mask = spec.mask.as_ref().map(|mask| (mask.at(at), mask.expanded()[3]));
         for (w, row) in words.chunks_exact_mut(nr).enumerate() {
@@ -91,7 +87,7 @@ pub(crate) fn fill_bits<S: Simd>(
             row[lane] = f32::from_bits(word);
         }
     }
-    finish_bits(rows, nr, words, (any, all))
+    finish_bits(filled, nr, words, (any, all))
 }
 
 /// Whether bits come from more than the boolean mask.
@@ -111,25 +107,29 @@ fn fill_mask_bits<S: Simd>(
 ) -> Bits {
     let count = keys.len() / WORD;
     let nr = words.len() / count;
+    let [_, head_stride, query_stride, _] = mask.expanded();
+    let first = mask.at([rows.segment.index, 0, 0, keys.start]);
     let (mut any, mut all) = (0u32, u32::MAX);
     for lane in 0..rows.count {
-        let first = mask.at([rows.segment.index, rows.head(lane), rows.query(lane), keys.start]);
+        let (head, query) = (rows.head(lane) as isize, rows.query(lane) as isize);
+        let row = first.wrapping_offset(head * head_stride + query * query_stride);
         for w in 0..count {
             // SAFETY: the mask has these 32 keys of the query, side by side; a bool is one byte, 0 or 1.
-            let word = unsafe { s.lowest_bits(first.add(w * WORD).cast()) };
+            let word = unsafe { s.lowest_bits(row.wrapping_add(w * WORD).cast()) };
             any |= word;
             all &= word;
             words[w * nr + lane] = f32::from_bits(word);
         }
     }
-    finish_bits(rows, nr, words, (any, all))
+    finish_bits(rows.count, nr, words, (any, all))
 }
 
-/// Fills the lanes without a query, which see whatever the last one does, and says what the bits are as a whole.
-fn finish_bits(rows: &StripRows, nr: usize, words: &mut [f32], (any, all): (u32, u32)) -> Bits {
+/// Fills the lanes from `filled` on (without a query, or all with the same mask) with what the one before them sees, and
+/// says what the bits are as a whole.
+fn finish_bits(filled: usize, nr: usize, words: &mut [f32], (any, all): (u32, u32)) -> Bits {
     for row in words.chunks_exact_mut(nr) {
-        let last = row[rows.count - 1];
-        row[rows.count..].fill(last);
+        let last = row[filled - 1];
+        row[filled..].fill(last);
     }
     match (any, all) {
         (0, _) => Bits::None,

@@ -50,20 +50,25 @@ impl StripRows {
     /// Query index of a lane.
     #[inline(always)]
     pub(crate) fn query(&self, lane: usize) -> usize {
-        (self.first + lane) / self.group
+        // Divisions cost as much as dozens of other instructions, and most calls have no groups.
+        if self.group == 1 { self.first + lane } else { (self.first + lane) / self.group }
     }
 
     /// Query head of a lane.
     #[inline(always)]
     pub(crate) fn head(&self, lane: usize) -> usize {
-        self.kv_head * self.group + (self.first + lane) % self.group
+        if self.group == 1 {
+            self.kv_head
+        } else {
+            self.kv_head * self.group + (self.first + lane) % self.group
+        }
     }
 
     /// How far each lane's query is ahead of the first lane's: one more after every `group` lanes.
     #[inline(always)]
     pub(crate) fn lanes_ahead<S: Simd, const NV: usize>(&self, s: S) -> [S::F32; NV] {
         let mut ahead = [0.0; MAX_NR];
-        let (mut head, mut query) = (self.first % self.group, 0.0);
+        let (mut head, mut query) = (if self.group == 1 { 0 } else { self.first % self.group }, 0.0);
         for ahead in &mut ahead[..NV * S::LANES] {
             *ahead = query;
             head += 1;

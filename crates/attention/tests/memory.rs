@@ -47,7 +47,7 @@ fn extra_bytes(length: usize) -> (usize, usize) {
     })
 }
 
-/// Bytes that a key padding mask (B, 1, 1, S) costs beyond what the same call takes without it.
+/// Bytes that a call with a key padding mask (B, 1, 1, S) takes beyond the scratch that its threads already have.
 fn extra_bytes_of_a_mask() -> usize {
     let (batch, length) = (64, 8192);
     // The keys and values of one batch for all, by stride 0; few queries, for the test's time.
@@ -58,29 +58,32 @@ fn extra_bytes_of_a_mask() -> usize {
     let bits: Vec<bool> = (0..batch * length).map(|i| i % 7 != 0).collect();
     let mask = Broadcast::from_slice(&bits, [batch, 1, 1, length]).unwrap();
     let mut out = Tensor::zeros([batch, 1, 2, 8]).unwrap();
-    let mut peak = |spec: &AttentionSpec<'_>| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
-        pool.install(|| {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+    pool.install(|| {
+        let mut peak = |spec: &AttentionSpec<'_>| {
             let before = LIVE.load(Ordering::SeqCst);
             PEAK.store(before, Ordering::SeqCst);
             attention_into(q, k, k, spec, Outputs::new(out.view_mut())).unwrap();
             PEAK.load(Ordering::SeqCst) - before
-        })
-    };
-    let plain = peak(&AttentionSpec::new());
-    peak(&AttentionSpec::new().with_mask(mask)).saturating_sub(plain)
+        };
+        // Until both threads have their scratch, which they keep.
+        for _ in 0..10 {
+            peak(&AttentionSpec::new());
+        }
+        peak(&AttentionSpec::new().with_mask(mask))
+    })
 }
 
 #[test]
 fn scratch_is_fixed() {
     let mask = extra_bytes_of_a_mask();
-    println!("a mask of 64 x 8192 takes {mask} bytes more than none");
+    println!("with a mask of 64 x 8192: {mask} bytes beyond the scratch");
     assert!(mask <= 4096, "{mask} bytes");
     for length in [1024, 4096, 8192] {
         let (extra, scratch) = extra_bytes(length);
-        // Two workers' scratch, and a few KiB of rayon's and of the test harness.
+        // Two workers' scratch, and some KiB of a new pool's and of the test harness; the scores would be 4 MiB and more.
         println!("length {length}: {extra} bytes at the peak, {scratch} of scratch per worker by the plan");
         assert!(scratch < 2 << 20);
-        assert!(extra <= 2 * scratch + 8192, "length {length}: {extra} bytes, scratch {scratch}");
+        assert!(extra <= 2 * scratch + (32 << 10), "length {length}: {extra} bytes, scratch {scratch}");
     }
 }
