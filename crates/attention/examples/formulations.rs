@@ -34,7 +34,8 @@ impl TileOp for ByRows<'_> {
     fn eval<S: Simd, const MR: usize, const NV: usize>(self, s: S) {
         let Self { q, k, v, out, length, dim } = self;
         let nr = NV * S::LANES;
-        assert!(length % QUERY_BLOCK == 0 && KEY_BLOCK % nr == 0 && dim % nr == 0 && QUERY_BLOCK % MR == 0);
+        assert!(length.is_multiple_of(QUERY_BLOCK) && QUERY_BLOCK.is_multiple_of(MR));
+        assert!(KEY_BLOCK.is_multiple_of(nr) && dim.is_multiple_of(nr));
         let keys = MatRef::from_slice(k, length, dim).expect("the size of k");
         let mut packed = vec![0.0; packed_len(length, dim, nr).expect("small")];
         pack_rhs::<S, NV>(s, keys.t(), &mut packed).expect("long enough");

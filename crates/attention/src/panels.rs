@@ -50,10 +50,11 @@ pub(crate) fn fill_bits<S: Simd>(
     let nr = words.len() / keys.len().div_ceil(WORD);
     let (mut any, mut all) = (0u32, u32::MAX);
     let rowless = is_rowless(spec);
-    if let (Some(mask), false, false) = (&spec.mask, rowless, needs_more_than_mask(spec)) {
-        if mask.expanded()[3] == 1 && keys.len() % WORD == 0 {
-            return fill_mask_bits(s, mask, rows, keys, words);
-        }
+    if let (Some(mask), false, false) = (&spec.mask, rowless, needs_more_than_mask(spec))
+        && mask.expanded()[3] == 1
+        && keys.len().is_multiple_of(WORD)
+    {
+        return fill_mask_bits(s, mask, rows, keys, words);
     }
     // A key padding mask is the same for all queries of a head: with one head, one lane is enough.
     let filled = if rowless && rows.group == 1 { 1 } else { rows.count };
