@@ -1,7 +1,7 @@
 //! Fused attention: one streaming pass over tiles of scores, no score matrix.
 //!
 //! [`attention`] is the way in; [`AttentionSpec`] says what is asked beyond the tensors, [`rule`] is for a caller's own
-//! rule for scores, [`merge`] joins results over different keys, and [`reference`] computes the same by the book.
+//! rule for scores, [`merge`] joins results over different keys, and [`mod@reference`] computes the same by the book.
 //! docs/ARCHITECTURE.md follows one call through the files.
 
 mod block_mask;
