@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{random, random as tensor};
+use common::random as tensor;
 use qkv_attention::merge::{Part, merge};
 use qkv_attention::rule::{RuleLanes, RuleRows, ScoreRule, mask_mod, score_mod};
 use qkv_attention::{
@@ -56,8 +56,6 @@ fn splitting_the_keys_anywhere_and_merging() {
         let b = attention_with_lse(q.view(), keys(&k, split, 300), keys(&v, split, 300), &spec).unwrap();
         let mut out = Tensor::zeros(want.shape()).unwrap();
         let mut lse = vec![0.0; want_lse.len()];
-        let part = |x: &'_ (Tensor, Vec<f32>)| -> (Tensor, Vec<f32>) { x.clone() };
-        let (a, b) = (part(&a), part(&b));
         merge(
             Part { out: a.0.view(), lse: &a.1 },
             Part { out: b.0.view(), lse: &b.1 },
@@ -346,7 +344,7 @@ fn weights_and_maxima_on_request() {
 
 #[test]
 fn explain_counts_blocks() {
-    let q = random([1, 1, 512, 32], 1);
+    let q = tensor([1, 1, 512, 32], 1);
     let blocks = |spec: &AttentionSpec<'_>| explain(q.view(), q.view(), q.view(), spec).unwrap().blocks;
     let full = blocks(&AttentionSpec::new());
     assert_eq!((full.partial, full.skipped), (0, 0));

@@ -196,12 +196,7 @@ fn strides_are_read_and_written_in_place() {
     }
 
     // One key/value head and batch for all, by stride 0.
-    let one = |t: &Tensor| {
-        let data = t.view().row(0, 0, 0).as_ptr();
-        let _ = data;
-        head_of(t, 0, 0)
-    };
-    let (k1, v1) = (one(&random([1, 1, s, d], 5)), one(&random([1, 1, s, d], 6)));
+    let (k1, v1) = (random([1, 1, s, d], 5), random([1, 1, s, d], 6));
     let broadcast = |t| TensorRef::from_slice_strided(t, 0, [b, hk, s, d], [0, 0, d as isize, 1]).unwrap();
     let repeat = |t: &Tensor| Tensor::from_fn([b, hk, s, d], |[_, _, i, e]| t.data()[i * d + e]).unwrap();
     assert_eq!(
