@@ -151,16 +151,16 @@ def binade(r):
 
 def exp2_error(q, n, r):
     """The larger error in ULPs, of fused and separate evaluation in float32, of 2^n + (2^n r) q(r) for 2^(n + r)."""
-    c0, c1, c2, c3, c4 = q
+    c0, c1, c2, c3, c4, c5 = q
     exact, ulp = 2.0**r, 2.0 ** (-24 if r < 0 else -23)
-    value = separate(separate(separate(separate(c4, r, c3), r, c2), r, c1), r, c0)
+    value = separate(separate(separate(separate(separate(c5, r, c4), r, c3), r, c2), r, c1), r, c0)
     if n == 0:
         error = abs(separate(r, value, 1.0) - exact)
     else:
         # The product is subnormal, a multiple of 2^-149; 2^n times 1 and all else is as for n = 0.
         grid = 2.0 ** (149 + n)
         error = abs(rounded(round(r * value * grid) / grid + 1.0) - exact)
-    value = fused(fused(fused(fused(c4, r, c3), r, c2), r, c1), r, c0)
+    value = fused(fused(fused(fused(fused(c5, r, c4), r, c3), r, c2), r, c1), r, c0)
     return max(error, abs(fused(r, value, 1.0) - exact)) / ulp
 
 
@@ -178,7 +178,7 @@ def exp2_arguments(step):
 
 
 def exp2_q():
-    """2^r = 1 + r q(r), |r| <= 1/2, q of degree 4. The evaluation rounds more often below 1, in ULPs of there, so the
+    """2^r = 1 + r q(r), |r| <= 1/2, q of degree 5. The evaluation rounds more often below 1, in ULPs of there, so the
     fit leaves more of the error to the right side: how much more is part of the search."""
     candidates = set()
     for lean in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
@@ -186,7 +186,7 @@ def exp2_q():
             between(-0.5, 0.5, 400),
             target=lambda r: (power(2, r) - 1) / r,
             weight=lambda r: abs(r) * binade(r) * (mpf(2) ** lean if r < 0 else 1),
-            degree=4,
+            degree=5,
         )
         c0 = f32(problem.remez()[0])
         for step0 in range(-3, 4):

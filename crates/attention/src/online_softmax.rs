@@ -1,10 +1,10 @@
 //! The one softmax update and the end of a row.
 //!
-//! Per query the state is the largest score so far m and the sum l of exponentials relative to it, both in units of
-//! log2 (the scale of the scores has log2(e) in it). A block of scores s_j with maximum b changes it by
+//! Per query the state is the largest score so far m, in units of log2, and the sum l of exponentials relative to it. A
+//! block of scores s_j, which are in log2 units after multiplication by c, with maximum b changes it by
 //!
 //! ```text
-//! m' = max(m, b)      alpha = 2^(m - m')      p_j = 2^(s_j - m')      l' = alpha l + sum p_j
+//! m' = max(m, c b)    alpha = 2^(m - m')      p_j = 2^(c s_j - m')    l' = alpha l + sum p_j
 //! o' = alpha o + sum p_j v_j
 //! ```
 //!
@@ -14,7 +14,8 @@
 //!
 //! A query that has seen nothing has m = -infinity; the exponents are then taken relative to 0, which makes every
 //! p_j and alpha +0 rather than 2^(-inf + inf) = NaN. A NaN score is dropped by the maxima, but its own p_j is NaN, and so
-//! become l and o, of its lane alone.
+//! become l and o, of its lane alone. c s_j - m' is rounded once: m' is c b rounded, so that the largest exponent may be
+//! half an ULP of m' above 0, the same for all keys of a row.
 
 use qkv_simd::{Simd, math::exp2_nonpositive};
 
@@ -26,7 +27,7 @@ pub(crate) const SUM_CHAINS: usize = 2;
 /// Folds a block of scores into the state and turns them into weights.
 ///
 /// `max` and `sum` hold m and l of `NV` vectors of queries, `block_max` the largest scores of the block; `scores` are
-/// rows of keys, `NV * LANES` values each, overwritten by p_j. Returns alpha.
+/// rows of keys, `NV * LANES` values each, overwritten by p_j; `to_log2` is c. Returns alpha.
 #[inline(always)]
 pub(crate) fn update<S: Simd, const NV: usize>(
     s: S,
@@ -34,16 +35,18 @@ pub(crate) fn update<S: Simd, const NV: usize>(
     sum: &mut [f32],
     block_max: [S::F32; NV],
     scores: &mut [f32],
+    to_log2: f32,
 ) -> [S::F32; NV] {
     let nr = NV * S::LANES;
     let mut alpha = [s.zero(); NV];
-    let mut relative_to = [s.zero(); NV];
+    let mut minus_reference = [s.zero(); NV];
+    let to_log2 = s.splat(to_log2);
     for v in 0..NV {
         let old = s.load(&max[v * S::LANES..]);
-        let new = s.max(block_max[v], old);
-        let nothing_seen = s.eq(new, s.splat(f32::NEG_INFINITY));
-        relative_to[v] = s.select(nothing_seen, s.zero(), new);
-        alpha[v] = exp2_nonpositive(s, s.sub(old, relative_to[v]));
+        let new = s.max(s.mul(block_max[v], to_log2), old);
+        let reference = reference(s, new);
+        alpha[v] = exp2_nonpositive(s, s.sub(old, reference));
+        minus_reference[v] = s.sub(s.zero(), reference);
         s.store(new, &mut max[v * S::LANES..]);
     }
 
@@ -51,11 +54,11 @@ pub(crate) fn update<S: Simd, const NV: usize>(
     let mut chunks = scores.chunks_exact_mut(SUM_CHAINS * nr);
     for chunk in &mut chunks {
         for (chain, sums) in sums.iter_mut().enumerate() {
-            weigh(s, &mut chunk[chain * nr..][..nr], &relative_to, sums);
+            weigh(s, &mut chunk[chain * nr..][..nr], (to_log2, &minus_reference), sums);
         }
     }
     for (chain, row) in chunks.into_remainder().chunks_exact_mut(nr).enumerate() {
-        weigh(s, row, &relative_to, &mut sums[chain]);
+        weigh(s, row, (to_log2, &minus_reference), &mut sums[chain]);
     }
 
     for v in 0..NV {
@@ -69,26 +72,53 @@ pub(crate) fn update<S: Simd, const NV: usize>(
     alpha
 }
 
+/// What a row's exponents are taken relative to: its maximum, 0 where it has seen nothing, NaN where it is +infinity.
+#[inline(always)]
+pub(crate) fn reference<S: Simd>(s: S, max: S::F32) -> S::F32 {
+    let nothing_seen = s.eq(max, s.splat(f32::NEG_INFINITY));
+    s.select(nothing_seen, s.zero(), s.add(max, s.sub(max, max)))
+}
+
 /// Turns one key's scores into weights and adds them to `sums`.
 #[inline(always)]
 fn weigh<S: Simd, const NV: usize>(
     s: S,
     row: &mut [f32],
-    relative_to: &[S::F32; NV],
+    (to_log2, minus_reference): (S::F32, &[S::F32; NV]),
     sums: &mut [S::F32; NV],
 ) {
     for v in 0..NV {
         let at = &mut row[v * S::LANES..];
-        let p = exp2_nonpositive(s, s.sub(s.load(at), relative_to[v]));
+        let p = exp2_nonpositive(s, s.mul_add(s.load(at), to_log2, minus_reference[v]));
         s.store(p, at);
         sums[v] = s.add(sums[v], p);
     }
 }
 
-/// 1 / l, or 0 for a query that has seen nothing: the factor that ends a row.
-#[inline(always)]
-pub(crate) fn inverse_sum<S: Simd>(s: S, sum: S::F32) -> S::F32 {
-    s.select(s.eq(sum, s.zero()), s.zero(), s.div(s.splat(1.0), sum))
+/// 1 / l, or 0 for a query that has seen nothing: the factor that ends a row. In two parts, the second what rounding took
+/// off the first, so that o / l is rounded once, without a division per output.
+#[derive(Clone, Copy)]
+pub(crate) struct InverseSum<F> {
+    high: F,
+    low: F,
+}
+
+impl<F: Copy> InverseSum<F> {
+    #[inline(always)]
+    pub(crate) fn of<S: Simd<F32 = F>>(s: S, sum: F) -> Self {
+        let one = s.splat(1.0);
+        let nothing = s.eq(sum, s.zero());
+        let high = s.div(one, sum);
+        let low = s.mul(high, s.mul_add(s.sub(s.zero(), high), sum, one));
+        Self { high: s.select(nothing, s.zero(), high), low: s.select(nothing, s.zero(), low) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn times<S: Simd<F32 = F>>(self, s: S, x: F) -> F {
+        // An infinite x is infinite over its sum: times `low`, of either sign, it must stay finite.
+        let finite = s.max(s.splat(f32::MIN), s.min(s.splat(f32::MAX), x));
+        s.mul_add(x, self.high, s.mul(finite, self.low))
+    }
 }
 
 /// The natural logarithm of the sum of exponentials, from the state in log2 units: ln 2 (m + log2 l).

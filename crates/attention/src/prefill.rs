@@ -260,7 +260,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         let seen = self.has_hidden_nan(&keys, &visible, anywhere).then(|| self.copy_finite_values(&keys));
         let (max, sum) = self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR].split_at_mut(Self::NR);
         let scores = &mut self.scratch.scores[..keys.len() * Self::NR];
-        let alpha = online_softmax::update(self.s, max, sum, block_max, scores);
+        let alpha = online_softmax::update(self.s, max, sum, block_max, scores, self.call.units.to_log2);
 
         let (v, v_stride) = match &seen {
             Some(_) => (self.scratch.values.as_ptr(), self.call.plan.shape.value_dim as isize),

@@ -1,14 +1,13 @@
 //! What happens to the scores of a strip and a block between the first product and the softmax:
 //!
 //! ```text
-//! soft cap, + bias panel, - ALiBi, the caller's rule, x log2(e), interval, bits
+//! soft cap, + bias panel, - ALiBi, the caller's rule, interval, bits
 //! ```
 //!
 //! Bias, interval and bits are light and are done by the first product on its tile, while it is in registers ([`TileOps`]).
 //! A call with a soft cap, ALiBi or a rule does all steps in one pass over [keys][NR] in L1 instead ([`ScorePass`]), in
 //! a function of its own, so that the products' loops stay small. Each step is there or not for the whole call: one
-//! predictable branch per tile. Units: without a caller's rule the packed queries carry log2(e) and every step adds in
-//! units of log2; with one, scores are natural until the rule has seen them.
+//! predictable branch per tile. The units of scores are those of [`Units`].
 
 use core::ops::Range;
 
@@ -23,28 +22,40 @@ use crate::rule::{RuleLanes, ScoreRule};
 use crate::strip::{MAX_NR, StripRows, load_lanes};
 
 /// Factors that a call's scores are made with.
+///
+/// The scale is split: a power of two goes into the packed queries, which is exact, and the rest, with log2(e), is the
+/// factor of the multiply-add that takes a score relative to the row's maximum. So the scale costs no rounding and no
+/// instruction.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Units {
     /// Folded into the packed queries.
     pub(crate) query_scale: f64,
     /// tanh of the product is multiplied by this.
     pub(crate) cap: Option<f32>,
-    /// What is added to scores is multiplied by this: log2(e), or 1 where a rule wants natural units.
+    /// What is added to scores is multiplied by this: 1 where scores are natural.
     pub(crate) unit: f32,
+    /// Makes log2 units of a score.
+    pub(crate) to_log2: f32,
 }
 
+/// A scale whose exponent is outside of this is folded into the queries as it is, so that nothing overflows on the way.
+const SPLIT_EXPONENTS: Range<i32> = -64..64;
+
 impl Units {
+    /// A rule and the soft cap want natural scores.
     pub(crate) fn new(spec: &AttentionSpec<'_>, key_dim: usize, rule: bool) -> Self {
-        let unit = if rule { 1.0 } else { core::f64::consts::LOG2_E };
+        let log2_e = core::f64::consts::LOG2_E;
         let scale = spec.scale_for(key_dim);
-        match spec.softcap {
-            None => Self { query_scale: scale * unit, cap: None, unit: unit as f32 },
-            Some(cap) => Self {
-                query_scale: scale / f64::from(cap),
-                cap: Some((f64::from(cap) * unit) as f32),
-                unit: unit as f32,
-            },
+        if let Some(cap) = spec.softcap {
+            let query_scale = scale / f64::from(cap);
+            return Self { query_scale, cap: Some(cap), unit: 1.0, to_log2: log2_e as f32 };
         }
+        let exponent = scale.abs().log2().floor();
+        let splits =
+            !rule && exponent >= SPLIT_EXPONENTS.start.into() && exponent < SPLIT_EXPONENTS.end.into();
+        let power = if splits { exponent.exp2().copysign(scale) } else { scale };
+        let rest = if splits { scale / power } else { 1.0 };
+        Self { query_scale: power, cap: None, unit: (1.0 / rest) as f32, to_log2: (rest * log2_e) as f32 }
     }
 }
 
@@ -245,8 +256,7 @@ impl<S: Simd, R: ScoreRule, const NV: usize> ScorePass<'_, S, R, NV> {
                         position: s.add(lanes.ahead[v], s.splat(self.position + self.first_key as f32)),
                     };
                     for (i, row) in tile.iter_mut().enumerate() {
-                        let ruled = self.rule.apply(s, &of_vector, self.first_key + key + i, row[v]);
-                        row[v] = s.mul(ruled, s.splat(core::f32::consts::LOG2_E));
+                        row[v] = self.rule.apply(s, &of_vector, self.first_key + key + i, row[v]);
                     }
                 }
             }

@@ -5,7 +5,7 @@ use core::ops::Range;
 use qkv_simd::Simd;
 
 use crate::interval::Segment;
-use crate::online_softmax;
+use crate::online_softmax::{self, InverseSum};
 use crate::prefill::Worker;
 use crate::rule::{RuleRows, ScoreRule};
 
@@ -150,14 +150,11 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         if self.started >> strip & 1 == 0 {
             outputs.fill(0.0);
         }
-        let mut inverse = [s.zero(); NV];
-        for (v, inverse) in inverse.iter_mut().enumerate() {
-            *inverse = online_softmax::inverse_sum(s, s.load(&sum[v * S::LANES..]));
-        }
+        let inverse: [_; NV] = core::array::from_fn(|v| InverseSum::of(s, s.load(&sum[v * S::LANES..])));
         for row in outputs.chunks_exact_mut(Self::NR) {
-            for (v, &inverse) in inverse.iter().enumerate() {
+            for (v, inverse) in inverse.iter().enumerate() {
                 let at = &mut row[v * S::LANES..];
-                s.store(s.mul(s.load(at), inverse), at);
+                s.store(inverse.times(s, s.load(at)), at);
             }
         }
 

@@ -11,7 +11,7 @@ use qkv_simd::{Isa, Simd, SimdOp};
 
 use crate::check::{MAX_LENGTH, check_inputs};
 use crate::forward::batches;
-use crate::online_softmax;
+use crate::online_softmax::{InverseSum, reference};
 use crate::plan::{Plan, Task};
 use crate::prefill::{BlockScores, Call, Prefill, Worker};
 use crate::rule::{NoRule, ScoreRule};
@@ -122,12 +122,11 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         for (i, key) in keys.enumerate() {
             let weights = &mut self.scratch.scores[i * Self::NR..][..Self::NR];
             for at in (0..Self::NR).step_by(S::LANES) {
-                let max = s.load(&max[at..]);
-                // A row that has seen nothing has no scores above -infinity either.
-                let max = s.select(s.eq(max, s.splat(f32::NEG_INFINITY)), s.zero(), max);
-                let weight = exp2_nonpositive(s, s.sub(s.load(&weights[at..]), max));
-                let inverse = online_softmax::inverse_sum(s, s.load(&sum[at..]));
-                s.store(s.mul(weight, inverse), &mut weights[at..]);
+                let minus_max = s.sub(s.zero(), reference(s, s.load(&max[at..])));
+                let to_log2 = s.splat(self.call.units.to_log2);
+                let weight = exp2_nonpositive(s, s.mul_add(s.load(&weights[at..]), to_log2, minus_max));
+                let inverse = InverseSum::of(s, s.load(&sum[at..]));
+                s.store(inverse.times(s, weight), &mut weights[at..]);
             }
             for (lane, &weight) in weights.iter().enumerate().take(rows.count) {
                 let (head, query) = (rows.head(lane), rows.query(lane));
