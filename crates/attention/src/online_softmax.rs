@@ -50,21 +50,25 @@ pub(crate) fn update<S: Simd, const NV: usize>(
         s.store(new, &mut max[v * S::LANES..]);
     }
 
-    let mut sums = [[s.zero(); NV]; SUM_CHAINS];
-    let mut chunks = scores.chunks_exact_mut(SUM_CHAINS * nr);
-    for chunk in &mut chunks {
-        for (chain, sums) in sums.iter_mut().enumerate() {
-            weigh(s, &mut chunk[chain * nr..][..nr], (to_log2, &minus_reference), sums);
+    // One vector of queries after the other: with the constants of the exponential, two at a time do not fit 16 registers.
+    let mut sums = [[s.zero(); SUM_CHAINS]; NV];
+    for (v, sums) in sums.iter_mut().enumerate() {
+        let exponent = (v * S::LANES, to_log2, minus_reference[v]);
+        let mut chunks = scores.chunks_exact_mut(SUM_CHAINS * nr);
+        for chunk in &mut chunks {
+            for (chain, sum) in sums.iter_mut().enumerate() {
+                *sum = s.add(*sum, weigh(s, &mut chunk[chain * nr..][..nr], exponent));
+            }
         }
-    }
-    for (chain, row) in chunks.into_remainder().chunks_exact_mut(nr).enumerate() {
-        weigh(s, row, (to_log2, &minus_reference), &mut sums[chain]);
+        for (chain, row) in chunks.into_remainder().chunks_exact_mut(nr).enumerate() {
+            sums[chain] = s.add(sums[chain], weigh(s, row, exponent));
+        }
     }
 
     for v in 0..NV {
-        let mut total = sums[0][v];
-        for chain in &sums[1..] {
-            total = s.add(total, chain[v]);
+        let mut total = sums[v][0];
+        for &chain in &sums[v][1..] {
+            total = s.add(total, chain);
         }
         let old = s.load(&sum[v * S::LANES..]);
         s.store(s.mul_add(old, alpha[v], total), &mut sum[v * S::LANES..]);
@@ -79,20 +83,17 @@ pub(crate) fn reference<S: Simd>(s: S, max: S::F32) -> S::F32 {
     s.select(nothing_seen, s.zero(), s.add(max, s.sub(max, max)))
 }
 
-/// Turns one key's scores into weights and adds them to `sums`.
+/// Turns the scores of one key and one vector of queries, at `lane`, into weights.
 #[inline(always)]
-fn weigh<S: Simd, const NV: usize>(
+fn weigh<S: Simd>(
     s: S,
     row: &mut [f32],
-    (to_log2, minus_reference): (S::F32, &[S::F32; NV]),
-    sums: &mut [S::F32; NV],
-) {
-    for v in 0..NV {
-        let at = &mut row[v * S::LANES..];
-        let p = exp2_nonpositive(s, s.mul_add(s.load(at), to_log2, minus_reference[v]));
-        s.store(p, at);
-        sums[v] = s.add(sums[v], p);
-    }
+    (lane, to_log2, minus_reference): (usize, S::F32, S::F32),
+) -> S::F32 {
+    let at = &mut row[lane..];
+    let p = exp2_nonpositive(s, s.mul_add(s.load(at), to_log2, minus_reference));
+    s.store(p, at);
+    p
 }
 
 /// 1 / l, or 0 for a query that has seen nothing: the factor that ends a row. In two parts, the second what rounding took

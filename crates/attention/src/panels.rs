@@ -114,12 +114,28 @@ fn fill_mask_bits<S: Simd>(
     for lane in 0..rows.count {
         let (head, query) = (rows.head(lane) as isize, rows.query(lane) as isize);
         let row = first.wrapping_offset(head * head_stride + query * query_stride);
+        let lanes = &mut words[lane..];
+        // The usual block is four words: no loop, and its loads side by side.
+        if count == 4 {
+            let mut four = [0; 4];
+            for (w, word) in four.iter_mut().enumerate() {
+                // SAFETY: the mask has these 32 keys of the query, side by side; a bool is one byte, 0 or 1.
+                *word = unsafe { s.lowest_bits(row.wrapping_add(w * WORD).cast()) };
+            }
+            any |= four[0] | four[1] | four[2] | four[3];
+            all &= four[0] & four[1] & four[2] & four[3];
+            let lanes = &mut lanes[..3 * nr + 1];
+            for (w, word) in four.into_iter().enumerate() {
+                lanes[w * nr] = f32::from_bits(word);
+            }
+            continue;
+        }
         for w in 0..count {
-            // SAFETY: the mask has these 32 keys of the query, side by side; a bool is one byte, 0 or 1.
+            // SAFETY: as above.
             let word = unsafe { s.lowest_bits(row.wrapping_add(w * WORD).cast()) };
             any |= word;
             all &= word;
-            words[w * nr + lane] = f32::from_bits(word);
+            lanes[w * nr] = f32::from_bits(word);
         }
     }
     finish_bits(rows.count, nr, words, (any, all))
@@ -191,49 +207,66 @@ fn dilation_word(p: i64, dilation: usize, start: usize, count: usize) -> u32 {
     word
 }
 
-/// Fills `panel` [keys][nr] with the sum of the call's biases, in natural units; `staged` has room for [nr][keys].
-/// Returns whether any is -infinity, which masks.
-#[inline(always)]
-pub(crate) fn fill_bias<S: Simd>(
-    s: S,
-    spec: &AttentionSpec<'_>,
-    rows: &StripRows,
-    keys: &Range<usize>,
-    panel: &mut [f32],
-    staged: &mut [f32],
-) -> bool {
-    let nr = panel.len() / keys.len();
-    match &spec.bias {
-        Some(Bias::F32(bias)) if bias.expanded()[3] == 1 && rows.group == 1 && rows.count == nr => {
-            let first = bias.at([rows.segment.index, rows.head(0), rows.query(0), keys.start]);
-            let (stride, to) = (bias.expanded()[2], panel.as_mut_ptr());
-            // SAFETY: NR rows of keys lie `stride` apart (0: one row for all), and the panel has room for them.
-            unsafe { transpose(s, (nr, keys.len()), first, stride, to, nr as isize) };
+/// The biases of a strip and a block: [keys][NR] in natural units.
+pub(crate) struct BiasPanel<'w> {
+    pub(crate) values: &'w mut [f32],
+    /// Whether any of it is -infinity, which masks.
+    pub(crate) masks: bool,
+}
+
+impl<'w> BiasPanel<'w> {
+    /// The sum of the call's biases, in `values`, which has room for [keys][nr]; `staged` has room for [nr][keys].
+    #[inline(always)]
+    pub(crate) fn new<S: Simd>(
+        s: S,
+        spec: &AttentionSpec<'_>,
+        rows: &StripRows,
+        keys: &Range<usize>,
+        (values, staged): (&'w mut [f32], &mut [f32]),
+    ) -> Self {
+        if !has_bias(spec) {
+            return Self { values, masks: false };
         }
-        Some(bias) => {
-            for lane in 0..nr {
-                let lane_row = lane.min(rows.count - 1);
-                let at = [rows.segment.index, rows.head(lane_row), rows.query(lane_row), keys.start];
-                let row = &mut staged[lane * keys.len()..][..keys.len()];
-                match bias {
-                    Bias::F32(bias) => stage_row(bias, at, row, |x| x),
-                    Bias::Half(HalfKind::F16, bias) => stage_row(bias, at, row, widen_f16),
-                    Bias::Half(HalfKind::Bf16, bias) => stage_row(bias, at, row, widen_bf16),
-                }
+        let nr = values.len() / keys.len();
+        match &spec.bias {
+            Some(Bias::F32(bias)) if bias.expanded()[3] == 1 && rows.group == 1 && rows.count == nr => {
+                let from = bias.at([rows.segment.index, rows.head(0), rows.query(0), keys.start]);
+                let (stride, to) = (bias.expanded()[2], values.as_mut_ptr());
+                // SAFETY: NR rows of keys lie `stride` apart (0: one row for all), and the panel has room for them.
+                unsafe { transpose(s, (nr, keys.len()), from, stride, to, nr as isize) };
             }
-            let (from, to) = (staged.as_ptr(), panel.as_mut_ptr());
-            // SAFETY: NR rows of keys lie in `staged`, and the panel has room for them.
-            unsafe { transpose(s, (nr, keys.len()), from, keys.len() as isize, to, nr as isize) };
+            Some(bias) => {
+                for lane in 0..nr {
+                    let lane_row = lane.min(rows.count - 1);
+                    let at = [rows.segment.index, rows.head(lane_row), rows.query(lane_row), keys.start];
+                    let row = &mut staged[lane * keys.len()..][..keys.len()];
+                    match bias {
+                        Bias::F32(bias) => stage_row(bias, at, row, |x| x),
+                        Bias::Half(HalfKind::F16, bias) => stage_row(bias, at, row, widen_f16),
+                        Bias::Half(HalfKind::Bf16, bias) => stage_row(bias, at, row, widen_bf16),
+                    }
+                }
+                let (from, to) = (staged.as_ptr(), values.as_mut_ptr());
+                // SAFETY: NR rows of keys lie in `staged`, and the panel has room for them.
+                unsafe { transpose(s, (nr, keys.len()), from, keys.len() as isize, to, nr as isize) };
+            }
+            None => {}
         }
-        None => {}
-    }
-    if let Some(t5) = &spec.t5_bias {
-        if spec.bias.is_some() {
-            t5_panel::<S, true>(s, spec, t5, rows, keys, (panel, staged));
-        } else {
-            t5_panel::<S, false>(s, spec, t5, rows, keys, (panel, staged));
+        if let Some(t5) = &spec.t5_bias {
+            if spec.bias.is_some() {
+                t5_panel::<S, true>(s, spec, t5, rows, keys, (&mut *values, staged));
+            } else {
+                t5_panel::<S, false>(s, spec, t5, rows, keys, (&mut *values, staged));
+            }
         }
+        let masks = masks(s, values);
+        Self { values, masks }
     }
+}
+
+/// Whether any of whole vectors of biases is -infinity.
+#[inline(always)]
+fn masks<S: Simd>(s: S, panel: &[f32]) -> bool {
     // `min` keeps its second operand where the first is NaN, so a NaN hides nothing. Four minima, for one alone would wait
     // for each of its comparisons.
     let mut least = [s.zero(); 4];
@@ -246,36 +279,95 @@ pub(crate) fn fill_bias<S: Simd>(
     for x in chunks.remainder().chunks_exact(S::LANES) {
         least[0] = s.min(s.load(x), least[0]);
     }
-    let masked = s.splat(f32::NEG_INFINITY);
-    least.into_iter().any(|least| s.bits(s.eq(least, masked)) != 0)
+    let least = s.min(s.min(least[0], least[1]), s.min(least[2], least[3]));
+    s.bits(s.eq(least, s.splat(f32::NEG_INFINITY))) != 0
 }
 
-/// Asks for the mask and the bias of the strip's next block of keys: their rows lie too far apart for the hardware to
-/// foresee.
-#[inline(always)]
-pub(crate) fn prefetch<S: Simd>(s: S, spec: &AttentionSpec<'_>, rows: &StripRows, keys: Range<usize>) {
-    if let Some(mask) = &spec.mask {
-        prefetch_rows(s, mask, rows, keys.clone());
+/// Lines of masks and biases that the next strip will read: their rows lie too far apart for the hardware to foresee.
+///
+/// They are asked for a few at a time between the tiles of the first product. All at once they fill the queue of misses,
+/// and the kernel waits for them there as it would have waited later: 1.17 and 1.13 times the time of a call without
+/// bias and mask, spread out 1.10 and 1.10.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    mask: Lines,
+    bias: Lines,
+}
+
+/// Lines of 64 bytes in rows.
+#[derive(Clone, Copy)]
+struct Lines {
+    at: *const u8,
+    row_stride: isize,
+    rows: usize,
+    per_row: usize,
+    /// The line of the row that is next.
+    line: usize,
+    /// How many are asked for at a time.
+    step: usize,
+}
+
+const LINE: usize = 64;
+
+impl Ahead {
+    /// What `keys` keys of `rows` need, in `tiles` steps; `None` where nothing is worth it.
+    #[inline(always)]
+    pub(crate) fn new(
+        spec: &AttentionSpec<'_>,
+        rows: &StripRows,
+        keys: &Range<usize>,
+        tiles: usize,
+    ) -> Option<Self> {
+        let mask = spec.mask.as_ref().and_then(|mask| Lines::of(mask, rows, keys, tiles));
+        let bias = match &spec.bias {
+            Some(Bias::F32(bias)) => Lines::of(bias, rows, keys, tiles),
+            Some(Bias::Half(_, bias)) => Lines::of(bias, rows, keys, tiles),
+            None => None,
+        };
+        let none = Lines { at: core::ptr::null(), row_stride: 0, rows: 0, per_row: 0, line: 0, step: 0 };
+        (mask.is_some() || bias.is_some())
+            .then(|| Self { mask: mask.unwrap_or(none), bias: bias.unwrap_or(none) })
     }
-    match &spec.bias {
-        Some(Bias::F32(bias)) => prefetch_rows(s, bias, rows, keys),
-        Some(Bias::Half(_, bias)) => prefetch_rows(s, bias, rows, keys),
-        None => {}
+
+    /// Asks for the next few.
+    #[inline(always)]
+    pub(crate) fn step<S: Simd>(&mut self, s: S) {
+        self.mask.ask(s);
+        self.bias.ask(s);
     }
 }
 
-#[inline(always)]
-fn prefetch_rows<S: Simd, T>(s: S, from: &Broadcast<'_, T>, rows: &StripRows, keys: Range<usize>) {
-    const LINE: usize = 64;
-    let [_, _, stride, 1] = from.expanded() else { return };
-    if keys.is_empty() || rows.group != 1 || stride == 0 {
-        return;
+impl Lines {
+    #[inline(always)]
+    fn of<T>(from: &Broadcast<'_, T>, rows: &StripRows, keys: &Range<usize>, tiles: usize) -> Option<Self> {
+        let [_, _, stride, 1] = from.expanded() else { return None };
+        if keys.is_empty() || rows.group != 1 || stride == 0 {
+            return None;
+        }
+        let per_row = (keys.len() * size_of::<T>()).div_ceil(LINE);
+        Some(Self {
+            at: from.at([rows.segment.index, rows.head(0), rows.query(0), keys.start]).cast(),
+            row_stride: stride * size_of::<T>() as isize,
+            rows: rows.count,
+            per_row,
+            line: 0,
+            step: (rows.count * per_row).div_ceil(tiles),
+        })
     }
-    let first = from.at([rows.segment.index, rows.head(0), rows.query(0), keys.start]);
-    for lane in 0..rows.count {
-        let row = first.wrapping_offset(lane as isize * stride);
-        for at in (0..keys.len()).step_by(LINE / size_of::<T>()) {
-            s.prefetch(row.wrapping_add(at).cast());
+
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, s: S) {
+        for _ in 0..self.step {
+            if self.rows == 0 {
+                return;
+            }
+            s.prefetch(self.at.wrapping_add(self.line * LINE).cast());
+            self.line += 1;
+            if self.line == self.per_row {
+                self.line = 0;
+                self.rows -= 1;
+                self.at = self.at.wrapping_offset(self.row_stride);
+            }
         }
     }
 }

@@ -21,7 +21,7 @@ use qkv_simd::{Simd, SimdOp};
 
 use crate::interval::{self, Ends, Visible};
 use crate::online_softmax::{self, SUM_CHAINS};
-use crate::panels::{self, Bits, WORD};
+use crate::panels::{self, Ahead, BiasPanel, Bits, WORD};
 use crate::plan::{KEY_BLOCK, Plan, Task, key_block};
 use crate::row_tiles::{RowsOp, for_row_tiles};
 use crate::rule::ScoreRule;
@@ -305,29 +305,34 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
                 return None;
             }
         }
-        let mut bias_masks = false;
-        if call.plan.has_panels {
-            let panel = &mut self.scratch.bias[..keys.len() * Self::NR];
-            bias_masks = panels::fill_bias(self.s, spec, &rows, &keys, panel, self.scratch.rows);
-        }
-        if spec.bias.is_some() || spec.mask.is_some() {
-            // The strip that comes next: the one before in this block, or the last in the next block.
-            let (strip, keys) = match strip.checked_sub(1) {
-                Some(before) => (before, block.clone()),
-                None => {
-                    let strips = self.task.rows.len().div_ceil(Self::NR);
-                    let end = (block.end + self.key_block).min(rows.segment.key_len);
-                    (strips - 1, block.end..end)
-                }
-            };
-            panels::prefetch(self.s, spec, &self.rows_of(strip), keys);
-        }
-        let max = self.scores(&rows, &keys, &runs, &visible, (strip, bits, bias_masks));
+        let (max, bias_masks) = self.scores(&rows, &keys, &runs, &visible, (strip, bits));
         let anywhere = bits == Bits::Some || bias_masks || R::ACTIVE || runs.as_slice().len() > 1;
         Some(BlockScores { keys, visible, max, anywhere })
     }
 
-    /// S^T of a strip and the runs of keys, masked, into the scratch; returns the largest per lane.
+    /// The strip that comes next, and its keys, where a mask or a bias has to be brought in for it: the one before in this
+    /// block, or the last in the next block.
+    #[inline(always)]
+    fn next_strip(
+        &self,
+        strip: usize,
+        rows: &StripRows,
+        keys: &Range<usize>,
+    ) -> Option<(StripRows, Range<usize>)> {
+        if self.call.spec.bias.is_none() && self.call.spec.mask.is_none() {
+            return None;
+        }
+        let start = self.block_index(keys.start) * self.key_block;
+        let (strip, start) = match strip.checked_sub(1) {
+            Some(before) => (before, start),
+            None => (self.task.rows.len().div_ceil(Self::NR) - 1, start + self.key_block),
+        };
+        let end = (start + self.key_block).min(rows.segment.key_len);
+        Some((self.rows_of(strip), start.min(end)..end))
+    }
+
+    /// S^T of a strip and the runs of keys, masked, into the scratch; returns the largest per lane, and whether a bias masked
+    /// any.
     #[inline(always)]
     fn scores(
         &mut self,
@@ -335,28 +340,35 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         keys: &Range<usize>,
         runs: &Runs,
         visible: &Visible,
-        (strip, bits, bias_masks): (usize, Bits, bool),
-    ) -> [S::F32; NV] {
+        (strip, bits): (usize, Bits),
+    ) -> ([S::F32; NV], bool) {
         let (s, call, spec) = (self.s, self.call, self.call.spec);
         let (dk, first_key) = (call.plan.shape.key_dim, rows.segment.first_key + keys.start);
         let alibi = spec.alibi_slopes.is_some();
         let needs_pass = spec.softcap.is_some() || alibi || R::ACTIVE;
+        let upcoming = self.is_last(strip).then(|| Upcoming {
+            v: call.v.row_ptr(rows.segment.batch, rows.kv_head, first_key),
+            stride: call.v.position_stride(),
+            dim: call.plan.shape.value_dim,
+        });
+        let tiles = keys.len().div_ceil(MR);
+        let ahead =
+            self.next_strip(strip, rows, keys).and_then(|(rows, keys)| Ahead::new(spec, &rows, &keys, tiles));
+        let panel = if call.plan.has_panels { keys.len() * Self::NR } else { 0 };
+        let bias =
+            BiasPanel::new(s, spec, rows, keys, (&mut self.scratch.bias[..panel], &mut *self.scratch.rows));
         let tile_ops = TileOps {
             unit: call.units.unit,
-            bias: call.plan.has_panels.then_some((&*self.scratch.bias, bias_masks)),
+            bias: call.plan.has_panels,
             bits: (bits == Bits::Some).then_some(&*self.scratch.bits),
             // Without an edge in these keys nobody asks.
             ends: (!visible.is_whole(keys)).then(|| Ends::new(s, spec, rows, keys.start)),
             whole: visible.whole.start.saturating_sub(keys.start)
                 ..visible.whole.end.saturating_sub(keys.start),
         };
-        let upcoming = self.is_last(strip).then(|| Upcoming {
-            v: call.v.row_ptr(rows.segment.batch, rows.kv_head, first_key),
-            stride: call.v.position_stride(),
-            dim: call.plan.shape.value_dim,
-        });
         let mut op = Scores::<S, NV> {
             s,
+            ahead,
             ops: (!needs_pass && !tile_ops.is_empty()).then_some(&tile_ops),
             base: 0,
             k: call.k.row_ptr(rows.segment.batch, rows.kv_head, first_key),
@@ -366,6 +378,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
             scores: &mut self.scratch.scores[..keys.len() * Self::NR],
             max: [s.splat(f32::NEG_INFINITY); NV],
             upcoming,
+            bias: &bias,
         };
         let mut filled = 0;
         for run in runs.as_slice() {
@@ -375,9 +388,10 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
             filled = run.end;
         }
         if !needs_pass {
-            return op.max;
+            let max = op.max;
+            return (max, bias.masks);
         }
-        s.vectorize(ScorePass {
+        let max = s.vectorize(ScorePass {
             s,
             scores: &mut self.scratch.scores[..keys.len() * Self::NR],
             computed: runs.as_slice(),
@@ -390,7 +404,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
             first_key: keys.start,
             position: relative_position(spec, rows, keys.start),
             tile_ops,
-        })
+            bias: &bias,
+        });
+        (max, bias.masks)
     }
 
     /// O^T = alpha O^T + V^T P^T with the weights of `keys` keys in the scratch and the values in rows from `v` on.
@@ -446,6 +462,8 @@ struct Scores<'w, S: Simd, const NV: usize> {
     scores: &'w mut [f32],
     max: [S::F32; NV],
     upcoming: Option<Upcoming>,
+    ahead: Option<Ahead>,
+    bias: &'w BiasPanel<'w>,
 }
 
 /// Value rows that the second product will read: as columns, in steps of a whole row, which the hardware does not
@@ -475,6 +493,9 @@ impl<S: Simd, const NV: usize> RowsOp for Scores<'_, S, NV> {
         let lhs = Rows { ptr: self.k.wrapping_offset(first as isize * self.k_stride), stride: self.k_stride };
         let rhs = Rhs { ptr: self.queries.as_ptr(), stride: nr as isize };
         debug_assert_eq!(self.queries.len(), self.depth * nr);
+        if let Some(ahead) = &mut self.ahead {
+            ahead.step(s);
+        }
         if let Some(upcoming) = self.upcoming {
             upcoming.prefetch(s, first..first + ROWS);
         }
@@ -482,7 +503,7 @@ impl<S: Simd, const NV: usize> RowsOp for Scores<'_, S, NV> {
         let mut acc = unsafe { tile::<S, _, ROWS, NV>(s, self.depth, lhs, rhs) };
         // Opaque, or the compiler would keep parts of it in registers through the product's loop, which needs them all.
         if let Some(ops) = core::hint::black_box(self.ops) {
-            ops.apply(s, first, &mut acc);
+            ops.apply(s, first, &mut acc, self.bias);
         }
         let out = &mut self.scores[first * nr..][..ROWS * nr];
         for (i, row) in acc.iter().enumerate() {

@@ -17,7 +17,7 @@ use qkv_simd::{Simd, SimdOp};
 
 use crate::AttentionSpec;
 use crate::interval::{Ends, position_shift};
-use crate::panels::WORD;
+use crate::panels::{BiasPanel, WORD};
 use crate::rule::{RuleLanes, ScoreRule};
 use crate::strip::{MAX_NR, StripRows, load_lanes};
 
@@ -95,8 +95,8 @@ impl<S: Simd, const NV: usize> StripLanes<S, NV> {
 pub(crate) struct TileOps<'w, S: Simd, const NV: usize> {
     /// What the bias is multiplied by.
     pub(crate) unit: f32,
-    /// [keys][NR] in natural units, and whether any of it is -infinity.
-    pub(crate) bias: Option<(&'w [f32], bool)>,
+    /// Whether there is a bias panel.
+    pub(crate) bias: bool,
     /// [keys / 32][NR].
     pub(crate) bits: Option<&'w [f32]>,
     /// Where some key may be outside the interval of some lane, and the keys that are inside for all.
@@ -107,22 +107,30 @@ pub(crate) struct TileOps<'w, S: Simd, const NV: usize> {
 impl<S: Simd, const NV: usize> TileOps<'_, S, NV> {
     /// Whether there is anything to do.
     pub(crate) fn is_empty(&self) -> bool {
-        self.bias.is_none() && self.bits.is_none() && self.ends.is_none()
+        !self.bias && self.bits.is_none() && self.ends.is_none()
     }
 
     #[inline(always)]
-    fn add_bias<const KEYS: usize>(&self, s: S, key: usize, tile: &mut Acc<S, KEYS, NV>) {
-        let Some((panel, masks)) = self.bias else { return };
+    fn add_bias<const KEYS: usize>(
+        &self,
+        s: S,
+        key: usize,
+        tile: &mut Acc<S, KEYS, NV>,
+        bias: &BiasPanel<'_>,
+    ) {
+        if !self.bias {
+            return;
+        }
         let nr = NV * S::LANES;
-        let panel = &panel[key * nr..][..KEYS * nr];
+        let panel = &bias.values[key * nr..][..KEYS * nr];
         for (i, row) in tile.iter_mut().enumerate() {
             for (v, score) in row.iter_mut().enumerate() {
-                let bias = s.load(&panel[i * nr + v * S::LANES..]);
-                *score = s.mul_add(bias, s.splat(self.unit), *score);
-                if masks {
+                let x = s.load(&panel[i * nr + v * S::LANES..]);
+                *score = s.mul_add(x, s.splat(self.unit), *score);
+                if bias.masks {
                     // Whatever the score was, NaN too.
                     let masked = s.splat(f32::NEG_INFINITY);
-                    *score = s.select(s.eq(bias, masked), masked, *score);
+                    *score = s.select(s.eq(x, masked), masked, *score);
                 }
             }
         }
@@ -137,20 +145,29 @@ impl<S: Simd, const NV: usize> TileOps<'_, S, NV> {
             ends.apply(s, key, tile);
         }
         if let Some(words) = self.bits {
-            for (i, row) in tile.iter_mut().enumerate() {
-                let (word, bit) = ((key + i) / WORD, ((key + i) % WORD) as u32);
-                for (v, score) in row.iter_mut().enumerate() {
-                    let word = s.load(&words[word * nr + v * S::LANES..]);
-                    *score = s.select(s.test_bit(word, bit), *score, s.splat(f32::NEG_INFINITY));
+            // The tile's bits in one word per lane, from bit 0 on: what is tested then is known to the compiler.
+            let (first, last) = (key / WORD * nr, (key + KEYS - 1) / WORD * nr);
+            let (low, high) = (&words[first..][..nr], &words[last..][..nr]);
+            for v in 0..NV {
+                let (low, high) = (s.load(&low[v * S::LANES..]), s.load(&high[v * S::LANES..]));
+                let word = s.funnel_right(low, high, (key % WORD) as u32);
+                for (i, row) in tile.iter_mut().enumerate() {
+                    row[v] = s.select(s.test_bit(word, i as u32), row[v], s.splat(f32::NEG_INFINITY));
                 }
             }
         }
     }
 
-    /// All of them, on the scores of keys `key + i` counted from the block's first.
+    /// All of them, on the scores of keys `key + i` counted from the block's first, with the block's bias.
     #[inline(always)]
-    pub(crate) fn apply<const KEYS: usize>(&self, s: S, key: usize, tile: &mut Acc<S, KEYS, NV>) {
-        self.add_bias(s, key, tile);
+    pub(crate) fn apply<const KEYS: usize>(
+        &self,
+        s: S,
+        key: usize,
+        tile: &mut Acc<S, KEYS, NV>,
+        bias: &BiasPanel<'_>,
+    ) {
+        self.add_bias(s, key, tile, bias);
         self.mask(s, key, tile);
     }
 }
@@ -172,6 +189,7 @@ pub(crate) struct ScorePass<'w, S: Simd, R, const NV: usize> {
     pub(crate) first_key: usize,
     pub(crate) position: f32,
     pub(crate) tile_ops: TileOps<'w, S, NV>,
+    pub(crate) bias: &'w BiasPanel<'w>,
 }
 
 /// The first lane's position counted from a key, as f32.
@@ -187,7 +205,7 @@ impl<S: Simd, R: ScoreRule, const NV: usize> SimdOp for ScorePass<'_, S, R, NV> 
     type Output = [S::F32; NV];
 
     #[inline(always)]
-    fn eval<Same: Simd>(mut self, _: Same) -> [S::F32; NV] {
+    fn eval<Same: Simd>(mut self, _: Same) -> Self::Output {
         let scores = core::mem::take(&mut self.scores);
         let mut max = [self.s.splat(f32::NEG_INFINITY); NV];
         for run in self.computed {
@@ -236,7 +254,7 @@ impl<S: Simd, R: ScoreRule, const NV: usize> ScorePass<'_, S, R, NV> {
     #[inline(always)]
     fn steps<const KEYS: usize>(&self, key: usize, tile: &mut Acc<S, KEYS, NV>) {
         let s = self.s;
-        self.tile_ops.add_bias(s, key, tile);
+        self.tile_ops.add_bias(s, key, tile, self.bias);
         if let Some(lanes) = &self.lanes {
             if self.alibi {
                 for (i, row) in tile.iter_mut().enumerate() {

@@ -3,7 +3,7 @@
 //!
 //! `wide` chooses at compile time, which is why it is the floor here and the run-time choice is made above it.
 
-use wide::{f32x4, i32x4};
+use wide::{f32x4, i32x4, u32x4};
 
 use crate::simd::sealed::Sealed;
 use crate::{IsaKind, Simd, SimdOp};
@@ -147,6 +147,12 @@ impl Simd for Portable {
         // Into the sign bit, and from there over the whole lane.
         let shifted = bytemuck::cast::<f32x4, i32x4>(words) << (31 - bit);
         bytemuck::cast::<i32x4, f32x4>(shifted >> 31)
+    }
+    #[inline(always)]
+    fn funnel_right(self, low: f32x4, high: f32x4, n: u32) -> f32x4 {
+        let (low, high) = (bytemuck::cast::<f32x4, u32x4>(low), bytemuck::cast::<f32x4, u32x4>(high));
+        // In two steps, as no shift may be by 32.
+        bytemuck::cast::<u32x4, f32x4>((low >> n) | ((high << 1) << (31 - n)))
     }
     #[inline(always)]
     fn bits(self, mask: f32x4) -> u32 {

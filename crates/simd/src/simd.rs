@@ -129,6 +129,8 @@ pub trait Simd: sealed::Sealed + Copy + Send + Sync + Debug + 'static {
     fn select(self, mask: Self::Mask, yes: Self::F32, no: Self::F32) -> Self::F32;
     /// Lanes whose bit pattern has bit `bit` (0 to 31) set.
     fn test_bit(self, words: Self::F32, bit: u32) -> Self::Mask;
+    /// The 32 bits from bit `n` (0 to 31) on of the 64 whose lower half is `low`, lane by lane.
+    fn funnel_right(self, low: Self::F32, high: Self::F32, n: u32) -> Self::F32;
     /// One bit per lane, lane 0 the lowest.
     fn bits(self, mask: Self::Mask) -> u32;
 

@@ -39,6 +39,12 @@ fn truth(x: bool) -> f32 {
     if x { 1.0 } else { 0.0 }
 }
 
+/// The 32 bits from bit `n` on of the 64 in `high` and `low`.
+fn funnelled(low: f32, high: f32, n: u32) -> f32 {
+    let both = u64::from(high.to_bits()) << 32 | u64::from(low.to_bits());
+    f32::from_bits((both >> n) as u32)
+}
+
 /// The same of a mask.
 #[inline(always)]
 fn shown<S: Simd>(s: S, mask: S::Mask) -> S::F32 {
@@ -62,6 +68,9 @@ operation!(Select: |s, a, b, c| s.select(s.lt(a, s.splat(1.0)), b, c), if a < 1.
 operation!(LowestBit: |s, a, b, c| shown(s, s.test_bit(a, 0)), truth(a.to_bits() & 1 == 1));
 operation!(MiddleBit: |s, a, b, c| shown(s, s.test_bit(a, 21)), truth(a.to_bits() >> 21 & 1 == 1));
 operation!(SignBit: |s, a, b, c| shown(s, s.test_bit(a, 31)), truth(a.to_bits() >> 31 == 1));
+operation!(FunnelByNothing: |s, a, b, c| s.funnel_right(a, b, 0), a);
+operation!(FunnelBy13: |s, a, b, c| s.funnel_right(a, b, 13), funnelled(a, b, 13));
+operation!(FunnelBy31: |s, a, b, c| s.funnel_right(a, b, 31), funnelled(a, b, 31));
 operation!(Zero: |s, a, b, c| s.zero(), 0.0);
 operation!(Splat: |s, a, b, c| s.splat(-1.25e-3), -1.25e-3);
 operation!(FusedMulAdd: |s, a, b, c| s.mul_add(a, b, c), a.mul_add(b, c));
@@ -134,6 +143,9 @@ fn differences(triples: &[[f32; 3]]) -> Option<String> {
                 .or_else(|| difference::<Or>(isa, triples, false))
                 .or_else(|| difference::<LowestBit>(isa, triples, false))
                 .or_else(|| difference::<MiddleBit>(isa, triples, false))
+                .or_else(|| difference::<FunnelByNothing>(isa, triples, false))
+                .or_else(|| difference::<FunnelBy13>(isa, triples, false))
+                .or_else(|| difference::<FunnelBy31>(isa, triples, false))
                 .or_else(|| difference::<SignBit>(isa, triples, false))
         };
         // Fused everywhere, except that the portable one may round twice (but not now so, now so).

@@ -167,6 +167,16 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn funnel_right(self, low: __m256, high: __m256, n: u32) -> __m256 {
+        // A shift by 32, where n is 0, leaves nothing.
+        register_op!({
+            let right = _mm256_srl_epi32(_mm256_castps_si256(low), _mm_cvtsi32_si128(n.cast_signed()));
+            let rest = _mm_cvtsi32_si128(32 - n.cast_signed());
+            let left = _mm256_sll_epi32(_mm256_castps_si256(high), rest);
+            _mm256_castsi256_ps(_mm256_or_si256(right, left))
+        })
+    }
+    #[inline(always)]
     fn bits(self, mask: __m256) -> u32 {
         register_op!(_mm256_movemask_ps(mask).cast_unsigned())
     }
