@@ -60,6 +60,13 @@ pub enum TensorError {
         /// The stride that came.
         stride: isize,
     },
+    /// Scales or zero points that are not (batch, heads, length, groups) of their values, with groups that divide the dim.
+    ScalesDoNotFit {
+        /// Those of the scales or zero points.
+        scales: [usize; 4],
+        /// Those of the values.
+        values: [usize; 4],
+    },
     /// Two elements of a tensor that is to be written share their memory.
     Overlapping {
         /// (batch, heads, length, dim).
@@ -82,6 +89,11 @@ impl fmt::Display for TensorError {
             TensorError::LastAxisNotContiguous { stride } => {
                 write!(f, "the last axis (head dim) has stride {stride}, expected 1")
             }
+            TensorError::ScalesDoNotFit { scales, values } => write!(
+                f,
+                "scales of shape {scales:?} do not fit values of shape {values:?}, expected the same but for the last axis, \
+                 which must divide the dim"
+            ),
             TensorError::Overlapping { shape, strides } => {
                 write!(f, "shape {shape:?} with strides {strides:?} overlaps itself, but is to be written")
             }

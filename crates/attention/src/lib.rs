@@ -21,6 +21,7 @@ pub mod rule;
 mod runs;
 mod score_ops;
 mod spec;
+mod storage;
 mod strip;
 mod tensor;
 mod weights;
@@ -33,5 +34,6 @@ pub use forward::{
 };
 pub use plan::{BlockCounts, Plan, Shape};
 pub use spec::{AttentionSpec, Bias, Causal, T5Bias, Window};
+pub use storage::{Data, DataMut, Int8Ref, PagedRef};
 pub use tensor::{Broadcast, HalfKind, Tensor, TensorMut, TensorRef};
 pub use weights::{Selection, attention_weights};

@@ -160,6 +160,36 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_f16(self, p: *const u16) -> f32x4 {
+        // SAFETY: the caller vouches for four values at `p`; the read asks for no alignment.
+        let bits = unsafe { p.cast::<[u16; 4]>().read_unaligned() };
+        // The exponent is moved over by a product with 2^112, which also makes normal numbers of subnormal ones; what had
+        // the largest exponent, infinities and NaN, gets the largest again.
+        let bits = u32x4::new(bits.map(u32::from));
+        let magnitude = (bits & u32x4::splat(0x7FFF)) << 13;
+        let scaled = bytemuck::cast::<u32x4, f32x4>(magnitude) * f32x4::splat(f32::from_bits(0x7780_0000));
+        let special = bytemuck::cast::<f32x4, u32x4>(scaled.simd_ge(f32x4::splat(65536.0)));
+        let quiet = bytemuck::cast::<f32x4, u32x4>(scaled.simd_gt(f32x4::splat(65536.0)));
+        let out = bytemuck::cast::<f32x4, u32x4>(scaled)
+            | (special & u32x4::splat(0x7F80_0000))
+            | (quiet & u32x4::splat(0x0040_0000))
+            | ((bits & u32x4::splat(0x8000)) << 16);
+        bytemuck::cast(out)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const u16) -> f32x4 {
+        // SAFETY: as above.
+        let bits = unsafe { p.cast::<[u16; 4]>().read_unaligned() };
+        bytemuck::cast(u32x4::new(bits.map(u32::from)) << 16)
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> f32x4 {
+        // SAFETY: the caller vouches for four bytes at `p`.
+        let bytes = unsafe { p.cast::<[i8; 4]>().read() };
+        f32x4::new(bytes.map(f32::from))
+    }
+
+    #[inline(always)]
     fn reduce_add(self, a: f32x4) -> f32 {
         let [a, b, c, d] = a.to_array();
         (a + c) + (b + d)

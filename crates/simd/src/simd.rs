@@ -151,6 +151,22 @@ pub trait Simd: sealed::Sealed + Copy + Send + Sync + Debug + 'static {
         word
     }
 
+    /// `LANES` IEEE binary16 values, widened; exact, a signalling NaN becomes a quiet one.
+    ///
+    /// # Safety
+    /// `p` must be valid for reads of `LANES` values.
+    unsafe fn load_f16(self, p: *const u16) -> Self::F32;
+    /// `LANES` bfloat16 values, widened; exact.
+    ///
+    /// # Safety
+    /// `p` must be valid for reads of `LANES` values.
+    unsafe fn load_bf16(self, p: *const u16) -> Self::F32;
+    /// `LANES` signed bytes, as numbers.
+    ///
+    /// # Safety
+    /// `p` must be valid for reads of `LANES` bytes.
+    unsafe fn load_i8(self, p: *const i8) -> Self::F32;
+
     /// The sum of the lanes, by halves.
     fn reduce_add(self, a: Self::F32) -> f32;
     /// The largest lane; NaN lanes may be dropped.

@@ -1,0 +1,296 @@
+//! Storage types: what queries, keys, values and outputs may consist of. Everything is computed in f32.
+//!
+//! | type | one value | queries | keys, values | outputs |
+//! | --- | --- | --- | --- | --- |
+//! | f32, f16, bf16 | itself, widened exactly | yes | yes | yes, rounded once |
+//! | 8-bit integers | `scale (q - zero)`, in f32 | no | yes | no |
+//!
+//! The scales of 8-bit values lie beside them, (batch, heads, length, groups): one per token and head, or one for each
+//! of several equal groups of dims; groups of 32 make the values of llama.cpp's `q8_0`.
+//!
+//! Widening happens once per block of keys, into scratch, for all query heads of the group; f32 is read in place.
+
+use half::{bf16, f16};
+use qkv_simd::Simd;
+
+use crate::{TensorError, TensorMut, TensorRef};
+
+/// A borrowed tensor (batch, heads, length, dim) of any storage type.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Data<'a> {
+    /// 32 bits.
+    F32(TensorRef<'a, f32>),
+    /// IEEE binary16.
+    F16(TensorRef<'a, f16>),
+    /// bfloat16.
+    Bf16(TensorRef<'a, bf16>),
+    /// 8-bit integers with scales.
+    Int8(Int8Ref<'a>),
+}
+
+/// 8-bit values (batch, heads, length, dim) that stand for `scale (q - zero)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Int8Ref<'a> {
+    values: TensorRef<'a, i8>,
+    scales: TensorRef<'a, f32>,
+    zeros: Option<TensorRef<'a, f32>>,
+}
+
+/// A borrowed tensor (batch, heads, length, dim) that is written.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum DataMut<'a> {
+    /// 32 bits.
+    F32(TensorMut<'a, f32>),
+    /// IEEE binary16, rounded to the nearest, ties to even.
+    F16(TensorMut<'a, f16>),
+    /// bfloat16, rounded to the nearest, ties to even.
+    Bf16(TensorMut<'a, bf16>),
+}
+
+impl<'a> Int8Ref<'a> {
+    /// Values with their scales, and zero points where they have any.
+    ///
+    /// `scales` and `zeros` are (batch, heads, length, groups), where the groups divide the dim: dim d belongs to group
+    /// d / (dim / groups).
+    ///
+    /// # Errors
+    /// Where the shapes do not fit each other.
+    pub fn new(
+        values: TensorRef<'a, i8>,
+        scales: TensorRef<'a, f32>,
+        zeros: Option<TensorRef<'a, f32>>,
+    ) -> Result<Self, TensorError> {
+        let dim = values.shape()[3];
+        for beside in [Some(scales), zeros].into_iter().flatten() {
+            let [.., groups] = beside.shape();
+            let fits = beside.shape()[..3] == values.shape()[..3]
+                && (dim == 0 || groups > 0 && dim.is_multiple_of(groups));
+            if !fits || zeros.is_some_and(|zeros| zeros.shape()[3] != scales.shape()[3]) {
+                return Err(TensorError::ScalesDoNotFit { scales: beside.shape(), values: values.shape() });
+            }
+        }
+        Ok(Self { values, scales, zeros })
+    }
+
+    /// The integers.
+    #[must_use]
+    pub fn values(&self) -> TensorRef<'a, i8> {
+        self.values
+    }
+
+    /// The scales.
+    #[must_use]
+    pub fn scales(&self) -> TensorRef<'a, f32> {
+        self.scales
+    }
+
+    /// The zero points.
+    #[must_use]
+    pub fn zeros(&self) -> Option<TensorRef<'a, f32>> {
+        self.zeros
+    }
+}
+
+impl<'a> From<TensorRef<'a, f32>> for Data<'a> {
+    fn from(tensor: TensorRef<'a, f32>) -> Self {
+        Data::F32(tensor)
+    }
+}
+impl<'a> From<TensorRef<'a, f16>> for Data<'a> {
+    fn from(tensor: TensorRef<'a, f16>) -> Self {
+        Data::F16(tensor)
+    }
+}
+impl<'a> From<TensorRef<'a, bf16>> for Data<'a> {
+    fn from(tensor: TensorRef<'a, bf16>) -> Self {
+        Data::Bf16(tensor)
+    }
+}
+impl<'a> From<Int8Ref<'a>> for Data<'a> {
+    fn from(tensor: Int8Ref<'a>) -> Self {
+        Data::Int8(tensor)
+    }
+}
+impl<'a> From<TensorMut<'a, f32>> for DataMut<'a> {
+    fn from(tensor: TensorMut<'a, f32>) -> Self {
+        DataMut::F32(tensor)
+    }
+}
+impl<'a> From<TensorMut<'a, f16>> for DataMut<'a> {
+    fn from(tensor: TensorMut<'a, f16>) -> Self {
+        DataMut::F16(tensor)
+    }
+}
+impl<'a> From<TensorMut<'a, bf16>> for DataMut<'a> {
+    fn from(tensor: TensorMut<'a, bf16>) -> Self {
+        DataMut::Bf16(tensor)
+    }
+}
+
+impl Data<'_> {
+    /// Sizes: (batch, heads, length, dim).
+    #[must_use]
+    pub fn shape(&self) -> [usize; 4] {
+        match self {
+            Data::F32(x) => x.shape(),
+            Data::F16(x) => x.shape(),
+            Data::Bf16(x) => x.shape(),
+            Data::Int8(x) => x.values.shape(),
+        }
+    }
+
+    /// Bytes of one row, scales and zero points among them: what reading it costs.
+    #[must_use]
+    pub fn row_bytes(&self) -> usize {
+        let [.., dim] = self.shape();
+        match self {
+            Data::F32(_) => 4 * dim,
+            Data::F16(_) | Data::Bf16(_) => 2 * dim,
+            Data::Int8(x) => dim + 4 * x.scales.shape()[3] * if x.zeros.is_some() { 2 } else { 1 },
+        }
+    }
+
+    /// "f32", "f16", "bf16" or "int8".
+    #[must_use]
+    pub fn type_name(&self) -> &'static str {
+        match self {
+            Data::F32(_) => "f32",
+            Data::F16(_) => "f16",
+            Data::Bf16(_) => "bf16",
+            Data::Int8(_) => "int8",
+        }
+    }
+
+    /// The f32 tensor, where it is one.
+    pub(crate) fn as_f32(&self) -> Option<&TensorRef<'_, f32>> {
+        match self {
+            Data::F32(x) => Some(x),
+            _ => None,
+        }
+    }
+
+    /// Where a row begins and how many bytes it has, for prefetches.
+    #[inline(always)]
+    pub(crate) fn row_memory(&self, [batch, head, position]: [usize; 3]) -> (*const u8, usize) {
+        let dim = self.shape()[3];
+        match self {
+            Data::F32(x) => (x.row_ptr(batch, head, position).cast(), 4 * dim),
+            Data::F16(x) => (x.row_ptr(batch, head, position).cast(), 2 * dim),
+            Data::Bf16(x) => (x.row_ptr(batch, head, position).cast(), 2 * dim),
+            Data::Int8(x) => (x.values.row_ptr(batch, head, position).cast(), dim),
+        }
+    }
+
+    /// Widens one row into `to`, whose length is the dim.
+    #[inline(always)]
+    pub(crate) fn widen_row<S: Simd>(&self, s: S, [batch, head, position]: [usize; 3], to: &mut [f32]) {
+        debug_assert_eq!(to.len(), self.shape()[3]);
+        match self {
+            Data::F32(x) => to.copy_from_slice(x.row(batch, head, position)),
+            Data::F16(x) => {
+                let row = x.row(batch, head, position);
+                // SAFETY: `LANES` values lie from `at` on in both.
+                let vector = |at: usize| unsafe { s.load_f16(row[at..].as_ptr().cast()) };
+                let whole = to.len() / S::LANES * S::LANES;
+                for at in (0..whole).step_by(S::LANES) {
+                    s.store(vector(at), &mut to[at..]);
+                }
+                for at in whole..to.len() {
+                    to[at] = row[at].to_f32();
+                }
+            }
+            Data::Bf16(x) => {
+                let row = x.row(batch, head, position);
+                let whole = to.len() / S::LANES * S::LANES;
+                for at in (0..whole).step_by(S::LANES) {
+                    // SAFETY: `LANES` values lie from `at` on in both.
+                    s.store(unsafe { s.load_bf16(row[at..].as_ptr().cast()) }, &mut to[at..]);
+                }
+                for at in whole..to.len() {
+                    to[at] = row[at].to_f32();
+                }
+            }
+            Data::Int8(x) => {
+                let row = x.values.row(batch, head, position);
+                let scales = x.scales.row(batch, head, position);
+                let zeros = x.zeros.map(|zeros| zeros.row(batch, head, position));
+                if row.is_empty() {
+                    return;
+                }
+                let size = row.len() / scales.len();
+                for (group, (row, to)) in row.chunks_exact(size).zip(to.chunks_exact_mut(size)).enumerate() {
+                    let (scale, zero) = (scales[group], zeros.map_or(0.0, |zeros| zeros[group]));
+                    let (scales, zeros) = (s.splat(scale), s.splat(zero));
+                    let whole = size / S::LANES * S::LANES;
+                    for at in (0..whole).step_by(S::LANES) {
+                        // SAFETY: `LANES` values lie from `at` on in both.
+                        let q = unsafe { s.load_i8(row[at..].as_ptr()) };
+                        s.store(s.mul(scales, s.sub(q, zeros)), &mut to[at..]);
+                    }
+                    for at in whole..size {
+                        to[at] = scale * (f32::from(row[at]) - zero);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl<'a> DataMut<'a> {
+    /// Sizes: (batch, heads, length, dim).
+    #[must_use]
+    pub fn shape(&self) -> [usize; 4] {
+        match self {
+            DataMut::F32(x) => x.shape(),
+            DataMut::F16(x) => x.shape(),
+            DataMut::Bf16(x) => x.shape(),
+        }
+    }
+
+    /// Stores one row, rounded to the type.
+    ///
+    /// # Safety
+    /// The row must exist, `from` have its length, and no other thread access the row.
+    #[inline(always)]
+    pub(crate) unsafe fn store_row(&self, [batch, head, position]: [usize; 3], from: &[f32]) {
+        debug_assert_eq!(from.len(), self.shape()[3]);
+        // SAFETY: the caller's promise, in all three.
+        unsafe {
+            match self {
+                DataMut::F32(x) => {
+                    x.row_ptr(batch, head, position).copy_from_nonoverlapping(from.as_ptr(), from.len())
+                }
+                DataMut::F16(x) => {
+                    let to = x.row_ptr(batch, head, position);
+                    for (i, &value) in from.iter().enumerate() {
+                        to.add(i).write(f16::from_f32(value));
+                    }
+                }
+                DataMut::Bf16(x) => {
+                    let to = x.row_ptr(batch, head, position);
+                    for (i, &value) in from.iter().enumerate() {
+                        to.add(i).write(bf16::from_f32(value));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Keys and values of sequences that lie in pages of a pool.
+///
+/// Key j of sequence i is row `j % page_size` of page `tables[i][j / page_size]`; `keys` and `values` are (pages, heads, page
+/// size, dim), with any strides, so that (pages, page size, heads, dim) is read in place as well.
+#[derive(Clone, Copy, Debug)]
+pub struct PagedRef<'a> {
+    /// (pages, key/value heads, page size, key dim).
+    pub keys: Data<'a>,
+    /// (pages, key/value heads, page size, value dim).
+    pub values: Data<'a>,
+    /// The pages of each sequence, in order.
+    pub tables: &'a [&'a [u32]],
+    /// The number of keys of each sequence.
+    pub lengths: &'a [usize],
+}
