@@ -2,7 +2,7 @@
 //! trusted.
 
 use crate::plan::Shape;
-use crate::{Argument, AttentionError, AttentionSpec, Bias, TensorRef};
+use crate::{Argument, AttentionError, AttentionSpec, Bias};
 
 /// Positions are counted in i64 and compared with offsets; this leaves room for their sums.
 pub(crate) const MAX_LENGTH: usize = 1 << 48;
@@ -10,23 +10,24 @@ pub(crate) const MAX_LENGTH: usize = 1 << 48;
 /// Up to here a position is exact in f32, which is what a caller's rule and ALiBi get to see.
 const MAX_LENGTH_IN_F32: usize = 1 << 24;
 
+/// Shapes of queries, keys and values, and the spec.
 pub(crate) fn check_inputs(
-    q: TensorRef<'_>,
-    k: TensorRef<'_>,
-    v: TensorRef<'_>,
-    spec: &AttentionSpec,
+    q: [usize; 4],
+    k: [usize; 4],
+    v: [usize; 4],
+    spec: &AttentionSpec<'_>,
 ) -> Result<Shape, AttentionError> {
-    let [batch, query_heads, query_len, key_dim] = q.shape();
-    let [_, kv_heads, key_len, value_dim] = [0, k.shape()[1], k.shape()[2], v.shape()[3]];
+    let [batch, query_heads, query_len, key_dim] = q;
+    let [_, kv_heads, key_len, value_dim] = [0, k[1], k[2], v[3]];
     let shape = Shape { batch, query_heads, kv_heads, query_len, key_len, key_dim, value_dim };
 
     let axes = ["batch", "heads", "length", "head dim"];
     let expected_of_key = [batch, kv_heads, key_len, key_dim];
     let expected_of_value = [batch, kv_heads, key_len, value_dim];
     for (axis, name) in axes.into_iter().enumerate() {
-        check_axis(Argument::Key, name, k.shape()[axis], expected_of_key[axis], Argument::Query)?;
+        check_axis(Argument::Key, name, k[axis], expected_of_key[axis], Argument::Query)?;
         let origin = if axis == 0 { Argument::Query } else { Argument::Key };
-        check_axis(Argument::Value, name, v.shape()[axis], expected_of_value[axis], origin)?;
+        check_axis(Argument::Value, name, v[axis], expected_of_value[axis], origin)?;
     }
     for (argument, axis, size) in [
         (Argument::Query, "heads", query_heads),
@@ -107,6 +108,20 @@ fn check_spec(shape: &Shape, spec: &AttentionSpec<'_>) -> Result<(), AttentionEr
     if let Some(slopes) = spec.alibi_slopes {
         entries("alibi_slopes", slopes, "a finite number", f32::is_finite)?;
         short_enough(shape)?;
+    }
+    if let Some(rotary) = &spec.rotary {
+        let (table, positions) = (rotary.table, rotary.positions);
+        if table.head_dim() != shape.key_dim {
+            let (given, expected) = (table.head_dim(), shape.key_dim);
+            return Err(AttentionError::Count { argument: "rotary.table", given, expected });
+        }
+        if positions.len() != shape.query_len {
+            count("rotary.positions", positions.len(), shape.batch * shape.query_len)?;
+        }
+        if let Some(index) = positions.iter().position(|&p| p >= table.max_length()) {
+            let (given, limit) = (positions[index], table.max_length() - 1);
+            return Err(AttentionError::Beyond { argument: "rotary.positions", index, given, limit });
+        }
     }
     if let Some(t5) = &spec.t5_bias {
         let per_side = if t5.bidirectional { t5.buckets / 2 } else { t5.buckets };

@@ -4,19 +4,19 @@ use qkv_gemm::parallel::{Tasks, run_inline, run_tasks_in_order};
 use qkv_gemm::with_tile;
 use qkv_simd::Isa;
 
-use crate::check::{ascending, check_axis, check_inputs, check_per_sequence, count, short_enough};
-use crate::interval::Segment;
+use crate::check::{check_axis, check_inputs, check_per_sequence, short_enough};
+use crate::kv_rows::KvRows;
 use crate::plan::{BlockCounts, Plan, Sequences, Shape};
 use crate::prefill::{Call, Prefill};
 use crate::rule::{NoRule, ScoreRule};
 use crate::score_ops::Units;
-use crate::{Argument, AttentionError, AttentionSpec, Tensor, TensorMut, TensorRef};
+use crate::{Argument, AttentionError, AttentionSpec, Data, DataMut, Tensor, TensorMut};
 
 /// Where results go.
 #[derive(Debug)]
 pub struct Outputs<'a> {
     /// (batch, query heads, query length, value dim), any strides.
-    pub out: TensorMut<'a>,
+    pub out: DataMut<'a>,
     /// The natural log of the sum of exponentials of each query's visible scores and its sink, contiguous (batch, query
     /// heads, query length); -infinity for a query that sees no key and has no sink.
     pub lse: Option<&'a mut [f32]>,
@@ -27,8 +27,8 @@ pub struct Outputs<'a> {
 impl<'a> Outputs<'a> {
     /// Only the output.
     #[must_use]
-    pub fn new(out: TensorMut<'a>) -> Self {
-        Self { out, lse: None, maxima: None }
+    pub fn new(out: impl Into<DataMut<'a>>) -> Self {
+        Self { out: out.into(), lse: None, maxima: None }
     }
 
     /// And the log-sum-exp.
@@ -52,13 +52,14 @@ impl<'a> Outputs<'a> {
 ///
 /// # Errors
 /// Where shapes do not fit each other, or the spec does not fit them.
-pub fn attention(
-    q: TensorRef<'_>,
-    k: TensorRef<'_>,
-    v: TensorRef<'_>,
+pub fn attention<'a>(
+    q: impl Into<Data<'a>>,
+    k: impl Into<Data<'a>>,
+    v: impl Into<Data<'a>>,
     spec: &AttentionSpec<'_>,
 ) -> Result<Tensor, AttentionError> {
-    let mut out = new_output(&check_inputs(q, k, v, spec)?)?;
+    let (q, k, v) = (q.into(), k.into(), v.into());
+    let mut out = new_output(&check_inputs(q.shape(), k.shape(), v.shape(), spec)?)?;
     attention_into(q, k, v, spec, Outputs::new(out.view_mut()))?;
     Ok(out)
 }
@@ -67,13 +68,14 @@ pub fn attention(
 ///
 /// # Errors
 /// As [`attention`].
-pub fn attention_with_lse(
-    q: TensorRef<'_>,
-    k: TensorRef<'_>,
-    v: TensorRef<'_>,
+pub fn attention_with_lse<'a>(
+    q: impl Into<Data<'a>>,
+    k: impl Into<Data<'a>>,
+    v: impl Into<Data<'a>>,
     spec: &AttentionSpec<'_>,
 ) -> Result<(Tensor, Vec<f32>), AttentionError> {
-    let shape = check_inputs(q, k, v, spec)?;
+    let (q, k, v) = (q.into(), k.into(), v.into());
+    let shape = check_inputs(q.shape(), k.shape(), v.shape(), spec)?;
     let mut out = new_output(&shape)?;
     let mut lse = vec![0.0; lse_shape(&shape).iter().product()];
     attention_into(q, k, v, spec, Outputs::new(out.view_mut()).with_lse(&mut lse))?;
@@ -86,10 +88,10 @@ pub fn attention_with_lse(
 ///
 /// # Errors
 /// As [`attention`], and where an output's shape is not that of the result. Nothing is written then.
-pub fn attention_into(
-    q: TensorRef<'_>,
-    k: TensorRef<'_>,
-    v: TensorRef<'_>,
+pub fn attention_into<'a>(
+    q: impl Into<Data<'a>>,
+    k: impl Into<Data<'a>>,
+    v: impl Into<Data<'a>>,
     spec: &AttentionSpec<'_>,
     outputs: Outputs<'_>,
 ) -> Result<(), AttentionError> {
@@ -100,54 +102,23 @@ pub fn attention_into(
 ///
 /// # Errors
 /// As [`attention_into`], and where a sequence is longer than 2^24.
-pub fn attention_with_rule<R: ScoreRule>(
-    q: TensorRef<'_>,
-    k: TensorRef<'_>,
-    v: TensorRef<'_>,
+pub fn attention_with_rule<'a, R: ScoreRule>(
+    q: impl Into<Data<'a>>,
+    k: impl Into<Data<'a>>,
+    v: impl Into<Data<'a>>,
     spec: &AttentionSpec<'_>,
     rule: R,
     outputs: Outputs<'_>,
 ) -> Result<(), AttentionError> {
-    let shape = check_inputs(q, k, v, spec)?;
+    let (q, k, v) = (q.into(), k.into(), v.into());
+    let shape = check_inputs(q.shape(), k.shape(), v.shape(), spec)?;
     let sequences = batches(&shape, spec)?;
-    run(q, k, v, spec, rule, outputs, (shape, sequences))
+    run(q, [KvRows::plain(k), KvRows::plain(v)], spec, rule, outputs, (shape, sequences))
 }
 
-/// Where sequences of different lengths begin and end in a packed batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Packed<'a> {
-    /// Sequence i is rows `query_ends[i]` .. `query_ends[i + 1]` of the queries and outputs: ascending, from 0 to their
-    /// length (cu_seqlens).
-    pub query_ends: &'a [usize],
-    /// The same for keys and values.
-    pub key_ends: &'a [usize],
-}
-
-/// Attention of sequences packed one after the other along the length of batch 1: (1, heads, total length, dim).
-///
-/// Alignments, windows and biases count within each sequence, and what the spec gives per batch is per sequence. A
-/// sequence's result has the same bits as if it were computed alone. Sequences of length 0 are valid.
-///
-/// # Errors
-/// As [`attention_into`]; where the ends do not ascend from 0 to the length; and for masks, biases, key lengths,
-/// documents and block masks, which have no meaning here.
-pub fn attention_packed(
-    q: TensorRef<'_>,
-    k: TensorRef<'_>,
-    v: TensorRef<'_>,
-    packed: Packed<'_>,
-    spec: &AttentionSpec<'_>,
-    outputs: Outputs<'_>,
-) -> Result<(), AttentionError> {
-    let shape = check_inputs(q, k, v, spec)?;
-    let sequences = packed_sequences(&shape, packed, spec)?;
-    run(q, k, v, spec, NoRule, outputs, (shape, sequences))
-}
-
-fn run<R: ScoreRule>(
-    q: TensorRef<'_>,
-    k: TensorRef<'_>,
-    v: TensorRef<'_>,
+pub(crate) fn run<R: ScoreRule>(
+    q: Data<'_>,
+    [k, v]: [KvRows<'_>; 2],
     spec: &AttentionSpec<'_>,
     rule: R,
     outputs: Outputs<'_>,
@@ -161,9 +132,10 @@ fn run<R: ScoreRule>(
         short_enough(&shape)?;
     }
     let isa = Isa::active()?;
-    let plan = Plan::new(shape, spec, sequences, isa);
+    let plan = Plan::new(shape, spec, sequences, isa, [&k, &v]);
+    let shared = plan.shared();
     let units = Units::new(spec, shape.key_dim, R::ACTIVE);
-    let call = Call { q, k, v, out, lse, maxima, weights: None, spec, rule, units, plan };
+    let call = Call { q, k, v, out, lse, maxima, weights: None, spec, rule, units, plan, shared };
     let work = |tasks: &Tasks<'_>| {
         while let Some(index) = tasks.take() {
             with_tile(isa, Prefill { call: &call, task: call.plan.task(index) });
@@ -182,14 +154,16 @@ fn run<R: ScoreRule>(
 ///
 /// # Errors
 /// As [`attention`].
-pub fn explain(
-    q: TensorRef<'_>,
-    k: TensorRef<'_>,
-    v: TensorRef<'_>,
+pub fn explain<'a>(
+    q: impl Into<Data<'a>>,
+    k: impl Into<Data<'a>>,
+    v: impl Into<Data<'a>>,
     spec: &AttentionSpec<'_>,
 ) -> Result<Explanation, AttentionError> {
-    let shape = check_inputs(q, k, v, spec)?;
-    let plan = Plan::new(shape, spec, batches(&shape, spec)?, Isa::active()?);
+    let (q, k, v) = (q.into(), k.into(), v.into());
+    let shape = check_inputs(q.shape(), k.shape(), v.shape(), spec)?;
+    let (k, v) = (KvRows::plain(k), KvRows::plain(v));
+    let plan = Plan::new(shape, spec, batches(&shape, spec)?, Isa::active()?, [&k, &v]);
     let blocks = plan.count_blocks(spec);
     Ok(Explanation { plan, blocks })
 }
@@ -220,55 +194,6 @@ pub(crate) fn batches(shape: &Shape, spec: &AttentionSpec<'_>) -> Result<Sequenc
     Ok(Sequences::Batches { key_lengths: spec.key_lengths.map(<[usize]>::to_vec) })
 }
 
-fn packed_sequences(
-    shape: &Shape,
-    packed: Packed<'_>,
-    spec: &AttentionSpec<'_>,
-) -> Result<Sequences, AttentionError> {
-    check_axis(Argument::Query, "batch", shape.batch, 1, Argument::Query)?;
-    for (argument, given) in [
-        ("mask", spec.mask.is_some()),
-        ("bias", spec.bias.is_some()),
-        ("block_mask", spec.block_mask.is_some()),
-        ("key_lengths", spec.key_lengths.is_some()),
-        ("documents", spec.documents.is_some()),
-    ] {
-        if given {
-            return Err(AttentionError::NotTogether { argument, with: "a packed batch" });
-        }
-    }
-    let Packed { query_ends, key_ends } = packed;
-    for (argument, ends, length) in
-        [("query_ends", query_ends, shape.query_len), ("key_ends", key_ends, shape.key_len)]
-    {
-        ascending(argument, ends, length)?;
-        match (ends.first(), ends.last()) {
-            (Some(0), Some(&last)) if last == length => {}
-            (Some(0), Some(&last)) => {
-                return Err(AttentionError::Count { argument, given: last, expected: length });
-            }
-            (Some(&first), _) => {
-                return Err(AttentionError::Beyond { argument, index: 0, given: first, limit: 0 });
-            }
-            (None, _) => return Err(AttentionError::Count { argument, given: 0, expected: 1 }),
-        }
-    }
-    count("key_ends", key_ends.len(), query_ends.len())?;
-    check_per_sequence(shape, spec, query_ends.len() - 1)?;
-    let segments = query_ends.windows(2).zip(key_ends.windows(2)).enumerate().map(|(index, (query, key))| {
-        let segment = Segment {
-            batch: 0,
-            index,
-            first_query: query[0],
-            query_len: query[1] - query[0],
-            first_key: key[0],
-            key_len: key[1] - key[0],
-        };
-        (segment, 0)
-    });
-    Ok(Sequences::Packed(segments.collect()))
-}
-
 fn output_shape(shape: &Shape) -> [usize; 4] {
     [shape.batch, shape.query_heads, shape.query_len, shape.value_dim]
 }
@@ -277,7 +202,7 @@ fn lse_shape(shape: &Shape) -> [usize; 3] {
     [shape.batch, shape.query_heads, shape.query_len]
 }
 
-fn check_output(shape: &Shape, out: &TensorMut<'_>) -> Result<(), AttentionError> {
+fn check_output(shape: &Shape, out: &DataMut<'_>) -> Result<(), AttentionError> {
     let expected = output_shape(shape);
     let given = out.shape();
     let origins = [Argument::Query, Argument::Query, Argument::Query, Argument::Value];

@@ -11,13 +11,16 @@ use core::ops::Range;
 use qkv_simd::Simd;
 
 use crate::interval::Visible;
-use crate::prefill::{MAX_KEY_BLOCK, Worker};
+use crate::layout::MAX_KEY_BLOCK;
+use crate::prefill::Worker;
 use crate::rule::ScoreRule;
 
 /// Which lanes see each key of a block: above -infinity, or NaN, before the scores become weights.
 pub(crate) type Seen = [u64; MAX_KEY_BLOCK];
 
-impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, R, MR, NV> {
+impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
+    Worker<'_, '_, S, R, MR, NV, FEW>
+{
     /// Whether a value of `keys` that some lanes of a strip may not see is NaN or infinite.
     ///
     /// `anywhere`: any key may be masked, not only those on the edge of the interval.
@@ -27,9 +30,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
             let block = self.block_index(keys.start);
             if self.scanned != Some(block) {
                 self.scanned = Some(block);
-                let keys =
-                    block * self.key_block..((block + 1) * self.key_block).min(self.task.segment.key_len);
-                self.scan_found = self.any_not_finite(keys);
+                self.scan_found = self.any_not_finite(self.block.clone());
             }
             return self.scan_found;
         }
@@ -75,13 +76,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         let dv = self.call.plan.shape.value_dim;
         let mut seen = [0; MAX_KEY_BLOCK];
         for (i, key) in keys.clone().enumerate() {
-            let first = self.call.v.row(
-                self.task.segment.batch,
-                self.task.kv_head,
-                self.task.segment.first_key + key,
-            );
-            for (&x, copy) in first.iter().zip(&mut self.scratch.values[i * dv..]) {
-                *copy = if x.is_finite() { x } else { 0.0 };
+            for d in 0..dv {
+                let x = self.value_row(key)[d];
+                self.scratch.values[i * dv + d] = if x.is_finite() { x } else { 0.0 };
             }
             for (lane, &score) in self.scratch.scores[i * Self::NR..][..Self::NR].iter().enumerate() {
                 seen[i] |= u64::from(score != f32::NEG_INFINITY) << lane;
@@ -95,20 +92,18 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
     #[inline(never)]
     pub(crate) fn add_visible_nans(&mut self, strip: usize, keys: &Range<usize>, seen: &Seen) {
         let dv = self.call.plan.shape.value_dim;
+        let lanes = if FEW { self.task.rows.len() } else { Self::NR };
         for (i, key) in keys.clone().enumerate() {
-            let row = self.call.v.row(
-                self.task.segment.batch,
-                self.task.kv_head,
-                self.task.segment.first_key + key,
-            );
-            let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
-            let weights = &self.scratch.scores[i * Self::NR..][..Self::NR];
-            for (&x, outputs) in row.iter().zip(outputs.chunks_exact_mut(Self::NR)) {
-                if !x.is_finite() {
-                    for (lane, output) in outputs.iter_mut().enumerate() {
-                        if seen[i] >> lane & 1 == 1 {
-                            *output += weights[lane] * x;
-                        }
+            for d in 0..dv {
+                let x = self.value_row(key)[d];
+                if x.is_finite() {
+                    continue;
+                }
+                let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
+                let weights = &self.scratch.scores[i * Self::NR..][..Self::NR];
+                for (lane, &weight) in weights.iter().enumerate().take(lanes) {
+                    if seen[i] >> lane & 1 == 1 {
+                        outputs[if FEW { lane * dv + d } else { d * Self::NR + lane }] += weight * x;
                     }
                 }
             }

@@ -5,17 +5,25 @@
 //! docs/ARCHITECTURE.md follows one call through the files.
 
 mod block_mask;
+pub mod cache;
 mod check;
 mod error;
+mod few_rows;
+mod finish;
 mod forward;
 mod hidden;
 mod interval;
+mod kv_rows;
+mod layout;
 pub mod merge;
 mod online_softmax;
+mod packed;
 mod panels;
+mod parts;
 mod plan;
 mod prefill;
 pub mod reference;
+pub mod rotary;
 mod row_tiles;
 pub mod rule;
 mod runs;
@@ -29,11 +37,11 @@ mod weights;
 pub use block_mask::BlockMask;
 pub use error::{Argument, AttentionError, TensorError};
 pub use forward::{
-    Explanation, Outputs, Packed, attention, attention_into, attention_packed, attention_with_lse,
-    attention_with_rule, explain,
+    Explanation, Outputs, attention, attention_into, attention_with_lse, attention_with_rule, explain,
 };
+pub use packed::{Packed, attention_packed, attention_paged};
 pub use plan::{BlockCounts, Plan, Shape};
-pub use spec::{AttentionSpec, Bias, Causal, T5Bias, Window};
+pub use spec::{AttentionSpec, Bias, Causal, QueryRotary, T5Bias, Window};
 pub use storage::{Data, DataMut, Int8Ref, PagedRef};
 pub use tensor::{Broadcast, HalfKind, Tensor, TensorMut, TensorRef};
 pub use weights::{Selection, attention_weights};

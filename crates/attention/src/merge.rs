@@ -57,14 +57,24 @@ pub fn merge(a: Part<'_>, b: Part<'_>, out: TensorMut<'_>, lse: &mut [f32]) -> R
     Ok(())
 }
 
+/// The log-sum-exp over all parts, from theirs: max + ln(sum of exp(L_p - max)); NaN if any is, -infinity if all are.
+pub(crate) fn joint_lse(parts: impl Iterator<Item = f64> + Clone) -> f64 {
+    // Not `f64::max`, which drops NaN.
+    let max = parts
+        .clone()
+        .fold(f64::NEG_INFINITY, |max, part| if part > max || part.is_nan() { part } else { max });
+    if max == f64::NEG_INFINITY {
+        return max;
+    }
+    max + parts.map(|part| (part - max).exp()).sum::<f64>().ln()
+}
+
 /// The shares of two sides in their merge, and the joint LSE.
 fn weights(a: f32, b: f32) -> (f32, f32, f32) {
-    // Not `f32::max`, which drops NaN.
-    let max = if a > b { a } else { b };
-    if max == f32::NEG_INFINITY && a == b {
-        return (0.0, 0.0, max);
+    let (a, b) = (f64::from(a), f64::from(b));
+    let joint = joint_lse([a, b].into_iter());
+    if joint == f64::NEG_INFINITY {
+        return (0.0, 0.0, f32::NEG_INFINITY);
     }
-    let (weight_a, weight_b) = (f64::from(a - max).exp(), f64::from(b - max).exp());
-    let sum = weight_a + weight_b;
-    ((weight_a / sum) as f32, (weight_b / sum) as f32, (f64::from(max) + sum.ln()) as f32)
+    ((a - joint).exp() as f32, (b - joint).exp() as f32, joint as f32)
 }

@@ -105,6 +105,12 @@ pub(crate) struct InverseSum<F> {
 }
 
 impl<F: Copy> InverseSum<F> {
+    /// That of a query that has seen nothing.
+    #[inline(always)]
+    pub(crate) fn nothing<S: Simd<F32 = F>>(s: S) -> Self {
+        Self { high: s.zero(), low: s.zero() }
+    }
+
     #[inline(always)]
     pub(crate) fn of<S: Simd<F32 = F>>(s: S, sum: F) -> Self {
         let one = s.splat(1.0);
@@ -123,10 +129,15 @@ impl<F: Copy> InverseSum<F> {
 }
 
 /// The natural logarithm of the sum of exponentials, from the state in log2 units: ln 2 (m + log2 l).
-pub(crate) fn lse(max: f32, sum: f32) -> f32 {
+pub(crate) fn lse64(max: f32, sum: f32) -> f64 {
     if max == f32::NEG_INFINITY && sum == 0.0 {
-        f32::NEG_INFINITY
+        f64::NEG_INFINITY
     } else {
-        (f64::from(max) * core::f64::consts::LN_2 + f64::from(sum).ln()) as f32
+        f64::from(max) * core::f64::consts::LN_2 + f64::from(sum).ln()
     }
+}
+
+/// [`lse64`], rounded.
+pub(crate) fn lse(max: f32, sum: f32) -> f32 {
+    lse64(max, sum) as f32
 }

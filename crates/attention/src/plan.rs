@@ -13,8 +13,11 @@ use core::ops::Range;
 use qkv_gemm::KernelShape;
 use qkv_simd::Isa;
 
+use crate::few_rows::FEW_BLOCK;
 use crate::interval::{self, Segment};
+use crate::kv_rows::KvRows;
 use crate::online_softmax::SUM_CHAINS;
+use crate::parts::{ENOUGH_UNITS, Shared, part_keys, parts};
 use crate::runs::Runs;
 use crate::strip::StripRows;
 use crate::{AttentionSpec, Causal};
@@ -82,6 +85,11 @@ pub(crate) struct Task {
     pub(crate) kv_head: usize,
     /// Rows of the group, see the module's text.
     pub(crate) rows: Range<usize>,
+    /// Parts of the keys, see parts.rs.
+    pub(crate) parts: Range<usize>,
+    /// Number of the (sequence, key/value head), and of its first slot, where parts are tasks of their own.
+    pub(crate) unit: usize,
+    pub(crate) first_slot: usize,
 }
 
 /// Keys in a block. A block's scores, for one strip of queries, are read and written three times and should stay in L1
@@ -134,13 +142,26 @@ pub struct Plan {
     tasks: usize,
     longest_first: bool,
     pub(crate) has_panels: bool,
+    /// Whether blocks of keys and of values are copied: widened, or gathered from pages.
+    pub(crate) copies: [bool; 2],
+    /// Whether keys may be cut into parts, and whether these are tasks of their own.
+    has_parts: bool,
+    splits: bool,
+    /// Most parts of a sequence.
+    most_parts: usize,
+    lanes: usize,
     isa: &'static str,
 }
 
 impl Plan {
-    pub(crate) fn new(shape: Shape, spec: &AttentionSpec<'_>, sequences: Sequences, isa: Isa) -> Self {
+    pub(crate) fn new(
+        shape: Shape,
+        spec: &AttentionSpec<'_>,
+        sequences: Sequences,
+        isa: Isa,
+        [k, v]: [&KvRows<'_>; 2],
+    ) -> Self {
         let kernel = KernelShape::of(isa);
-        let mut sequences = sequences;
         let group = shape.group();
         let (rows, count) = match &sequences {
             Sequences::Batches { .. } => (group * shape.query_len, shape.batch),
@@ -156,29 +177,102 @@ impl Plan {
         let by_tasks = all_rows.saturating_mul(shape.kv_heads).div_ceil(ENOUGH_TASKS);
         let most = MAX_ROWS.min(by_memory).min(by_tasks).next_multiple_of(kernel.nr).max(kernel.nr);
         let rows_per_task = even_share(rows, most, kernel.nr);
-        let tasks = match &mut sequences {
-            Sequences::Batches { .. } => count * shape.kv_heads * rows.div_ceil(rows_per_task),
-            Sequences::Packed(all) => {
-                let mut tasks = 0;
-                for (segment, first_task) in all {
-                    *first_task = tasks;
-                    tasks += shape.kv_heads * (group * segment.query_len).div_ceil(rows_per_task);
-                }
-                tasks
-            }
+        let most_parts = match &sequences {
+            Sequences::Batches { .. } => parts(shape.key_len),
+            Sequences::Packed(all) => all.iter().map(|(s, _)| parts(s.key_len)).max().unwrap_or(1),
         };
-        let longest_first = spec.causal.is_some();
-        let has_panels = crate::panels::has_bias(spec);
-        Self {
+        let plan = Self {
             shape,
             kernel,
             rows_per_task,
             sequences,
-            tasks,
-            longest_first,
-            has_panels,
+            tasks: 0,
+            longest_first: spec.causal.is_some(),
+            has_panels: crate::panels::has_bias(spec),
+            copies: [k.is_copied(), v.is_copied()],
+            has_parts: true,
+            splits: most_parts > 1 && count * shape.kv_heads < ENOUGH_UNITS,
+            most_parts,
+            lanes: isa.lanes(),
             isa: isa.kind().name(),
+        };
+        plan.count_tasks()
+    }
+
+    /// The plan for a second look at weights: rows are not cut by keys.
+    pub(crate) fn for_inspection(self) -> Self {
+        Self { has_parts: false, splits: false, ..self }.count_tasks()
+    }
+
+    /// Counts the tasks, and numbers the first of each packed sequence.
+    fn count_tasks(self) -> Self {
+        let mut sequences = self.sequences.clone();
+        let tasks = match &mut sequences {
+            Sequences::Batches { .. } => self.shape.batch * self.tasks_of(&self.batch_segment(0, None)),
+            Sequences::Packed(all) => {
+                let mut tasks = 0;
+                for (segment, first_task) in all {
+                    *first_task = tasks;
+                    tasks += self.tasks_of(segment);
+                }
+                tasks
+            }
+        };
+        Self { sequences, tasks, ..self }
+    }
+
+    /// Tasks of a sequence.
+    fn tasks_of(&self, segment: &Segment) -> usize {
+        let rows = self.shape.group() * segment.query_len;
+        if rows == 0 {
+            return 0;
         }
+        self.shape.kv_heads * rows.div_ceil(self.rows_per_task) * self.cuts(segment)
+    }
+
+    /// Whether a sequence has so few query rows that they are not computed by tiles.
+    pub(crate) fn has_few_rows(&self, segment: &Segment) -> bool {
+        self.has_parts && self.shape.group() * segment.query_len <= self.lanes.min(8)
+    }
+
+    /// Parts that the keys of a sequence are cut into, and keys of a part: more than one for a single strip of rows only.
+    pub(crate) fn parts(&self, segment: &Segment) -> (usize, usize) {
+        if self.has_parts && self.shape.group() * segment.query_len <= self.kernel.nr {
+            (parts(segment.key_len), part_keys(segment.key_len))
+        } else {
+            (1, usize::MAX)
+        }
+    }
+
+    /// Tasks per strip of a sequence, each with a part of the keys. For all batches the same, so that tasks can be counted;
+    /// those beyond a batch's own keys have nothing to do.
+    fn cuts(&self, segment: &Segment) -> usize {
+        if !self.splits || self.shape.group() * segment.query_len > self.kernel.nr {
+            return 1;
+        }
+        match &self.sequences {
+            Sequences::Batches { .. } => self.most_parts,
+            Sequences::Packed(_) => self.parts(segment).0,
+        }
+    }
+
+    /// Values of a part's slot: per row a maximum, a sum and an output.
+    pub(crate) fn slot(&self) -> usize {
+        self.kernel.nr * (self.shape.value_dim + 2)
+    }
+
+    /// Whether workers need slots of their own.
+    pub(crate) fn has_own_slots(&self) -> bool {
+        self.has_parts && self.most_parts > 1 && !self.splits
+    }
+
+    /// The slots that tasks share.
+    pub(crate) fn shared(&self) -> Option<Shared> {
+        let sequences = match &self.sequences {
+            Sequences::Batches { .. } => self.shape.batch,
+            Sequences::Packed(all) => all.len(),
+        };
+        self.splits.then(|| Shared::new(sequences * self.shape.kv_heads, self.most_parts, self.slot()))
     }
 
     /// Number of tasks.
@@ -193,7 +287,7 @@ impl Plan {
         let (shape, group) = (&self.shape, self.shape.group());
         let (segment, index) = match &self.sequences {
             Sequences::Batches { key_lengths } => {
-                let per_batch = shape.kv_heads * (group * shape.query_len).div_ceil(self.rows_per_task);
+                let per_batch = self.tasks_of(&self.batch_segment(0, None));
                 let batch = index / per_batch;
                 (self.batch_segment(batch, key_lengths.as_deref()), index % per_batch)
             }
@@ -204,11 +298,20 @@ impl Plan {
             }
         };
         let rows = group * segment.query_len;
-        let parts = rows.div_ceil(self.rows_per_task);
-        let (kv_head, part) = (index / parts, index % parts);
-        let part = if self.longest_first { parts - 1 - part } else { part };
-        let first = part * self.rows_per_task;
-        Task { segment, kv_head, rows: first..(first + self.rows_per_task).min(rows) }
+        let (parts, _) = self.parts(&segment);
+        let by_keys = self.cuts(&segment);
+        let cuts = rows.div_ceil(self.rows_per_task) * by_keys;
+        let (kv_head, cut) = (index / cuts, index % cuts);
+        let unit = segment.index * shape.kv_heads + kv_head;
+        let first_slot = unit * self.most_parts;
+        if by_keys > 1 {
+            let parts = cut.min(parts)..(cut + 1).min(parts);
+            return Task { segment, kv_head, rows: 0..rows, parts, unit, first_slot };
+        }
+        let cut = if self.longest_first { cuts - 1 - cut } else { cut };
+        let first = cut * self.rows_per_task;
+        let rows = first..(first + self.rows_per_task).min(rows);
+        Task { segment, kv_head, rows, parts: 0..parts, unit, first_slot }
     }
 
     fn batch_segment(&self, batch: usize, key_lengths: Option<&[usize]>) -> Segment {
@@ -245,7 +348,7 @@ impl Plan {
     /// most 96 and at most 2^17 / (dk + dv), but at least NR.
     #[must_use]
     pub fn scratch_bytes(&self) -> usize {
-        crate::prefill::Layout::new(self).total * size_of::<f32>()
+        crate::layout::Layout::new(self).total * size_of::<f32>()
     }
 
     /// How many (strip, key block) pairs are computed whole, partly or not at all, by the masks that are arithmetic:
@@ -254,7 +357,11 @@ impl Plan {
         let mut counts = BlockCounts::default();
         for index in 0..self.tasks {
             let task = self.task(index);
-            let block = key_block(task.segment.key_len);
+            if task.parts.start > 0 || task.parts.is_empty() {
+                continue;
+            }
+            let few = self.has_few_rows(&task.segment);
+            let block = if few { FEW_BLOCK } else { key_block(task.segment.key_len) };
             for rows in self.strips_of(&task) {
                 let visible = interval::visible(spec, &task.segment, rows.queries());
                 for begin in (0..task.segment.key_len).step_by(block) {
@@ -288,15 +395,19 @@ pub struct BlockCounts {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let few = self.has_few_rows(&self.batch_segment(0, None));
         write!(
             f,
-            "prefill on {}: tile {}x{}, {} tasks of up to {} rows, key blocks of {}, {} bytes of scratch per worker",
+            "{} on {}: tile {}x{}, {} tasks of up to {} rows, {} parts of keys, key blocks of {}, {} bytes of scratch per \
+             worker",
+            if few { "decode" } else { "prefill" },
             self.isa,
             self.kernel.mr,
             self.kernel.nr,
             self.tasks,
             self.rows_per_task,
-            key_block(self.shape.key_len),
+            self.parts(&self.batch_segment(0, None)).0,
+            if few { FEW_BLOCK } else { key_block(self.shape.key_len) },
             self.scratch_bytes()
         )
     }

@@ -19,10 +19,14 @@ use qkv_gemm::tile::{Columns, Rhs, Rows, tile};
 use qkv_gemm::{TileOp, with_scratch};
 use qkv_simd::{Simd, SimdOp};
 
+use crate::few_rows::{FEW_BLOCK, FewScores, FewSums};
 use crate::interval::{self, Ends, Visible};
+use crate::kv_rows::KvRows;
+use crate::layout::{Layout, Scratch};
 use crate::online_softmax::{self, SUM_CHAINS};
 use crate::panels::{self, Ahead, BiasPanel, Bits, WORD};
-use crate::plan::{KEY_BLOCK, Plan, Task, key_block};
+use crate::parts::Shared;
+use crate::plan::{Plan, Task, key_block};
 use crate::row_tiles::{RowsOp, for_row_tiles};
 use crate::rule::ScoreRule;
 use crate::runs::Runs;
@@ -30,17 +34,14 @@ use crate::score_ops::{ScorePass, StripLanes, TileOps, Units, relative_position}
 use crate::spec::intersect;
 use crate::strip::{MAX_NR, StripRows};
 use crate::weights::SelectedWeights;
-use crate::{AttentionSpec, TensorMut, TensorRef};
-
-/// No block of keys is larger.
-pub(crate) const MAX_KEY_BLOCK: usize = KEY_BLOCK + SUM_CHAINS;
+use crate::{AttentionSpec, Data, DataMut, TensorMut};
 
 /// Everything that the tasks of a call share.
 pub(crate) struct Call<'a, R> {
-    pub(crate) q: TensorRef<'a>,
-    pub(crate) k: TensorRef<'a>,
-    pub(crate) v: TensorRef<'a>,
-    pub(crate) out: TensorMut<'a>,
+    pub(crate) q: Data<'a>,
+    pub(crate) k: KvRows<'a>,
+    pub(crate) v: KvRows<'a>,
+    pub(crate) out: DataMut<'a>,
     /// (batch, query heads, query length, 1).
     pub(crate) lse: Option<TensorMut<'a>>,
     /// (batch, query heads, query length, 1).
@@ -51,72 +52,8 @@ pub(crate) struct Call<'a, R> {
     pub(crate) rule: R,
     pub(crate) units: Units,
     pub(crate) plan: Plan,
-}
-
-/// Where a worker's scratch holds what, in values. Every part begins on a cache line.
-///
-/// ```text
-/// | queries: strips x [dk][NR] | outputs: strips x [dv][NR] | max, sum: strips x 2 x [NR] | scores: [block][NR] |
-/// | rows: [NR][max(dk, dv, block)], the strip being packed or stored | values: [block][dv], the careful way's copy |
-/// | bits: [block / 32][NR] | bias: [block][NR], where there is one |
-/// ```
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Layout {
-    outputs: usize,
-    state: usize,
-    scores: usize,
-    rows: usize,
-    values: usize,
-    bits: usize,
-    bias: usize,
-    pub(crate) total: usize,
-}
-
-impl Layout {
-    pub(crate) fn new(plan: &Plan) -> Self {
-        let nr = plan.kernel.nr;
-        let (dk, dv) = (plan.shape.key_dim, plan.shape.value_dim);
-        let mut end = 0;
-        let mut part = |values: usize| {
-            let start = end;
-            end += values.next_multiple_of(16);
-            start
-        };
-        part(plan.strips() * dk * nr);
-        let outputs = part(plan.strips() * dv * nr);
-        let state = part(plan.strips() * 2 * nr);
-        let scores = part(MAX_KEY_BLOCK * nr);
-        let rows = part(nr * dk.max(dv).max(MAX_KEY_BLOCK));
-        let values = part(MAX_KEY_BLOCK * dv);
-        let bits = part(MAX_KEY_BLOCK.div_ceil(WORD) * nr);
-        let bias = part(if plan.has_panels { MAX_KEY_BLOCK * nr } else { 0 });
-        Self { outputs, state, scores, rows, values, bits, bias, total: end }
-    }
-}
-
-/// A worker's scratch, cut into its parts.
-pub(crate) struct Scratch<'s> {
-    pub(crate) queries: &'s mut [f32],
-    pub(crate) outputs: &'s mut [f32],
-    pub(crate) state: &'s mut [f32],
-    pub(crate) scores: &'s mut [f32],
-    pub(crate) rows: &'s mut [f32],
-    pub(crate) values: &'s mut [f32],
-    pub(crate) bits: &'s mut [f32],
-    pub(crate) bias: &'s mut [f32],
-}
-
-impl<'s> Scratch<'s> {
-    fn cut(layout: &Layout, memory: &'s mut [f32]) -> Self {
-        let (memory, bias) = memory.split_at_mut(layout.bias);
-        let (memory, bits) = memory.split_at_mut(layout.bits);
-        let (memory, values) = memory.split_at_mut(layout.values);
-        let (memory, rows) = memory.split_at_mut(layout.rows);
-        let (memory, scores) = memory.split_at_mut(layout.scores);
-        let (memory, state) = memory.split_at_mut(layout.state);
-        let (queries, outputs) = memory.split_at_mut(layout.outputs);
-        Self { queries, outputs, state, scores, rows, values, bits, bias }
-    }
+    /// Where tasks leave their parts of a head's keys, where these are tasks of their own.
+    pub(crate) shared: Option<Shared>,
 }
 
 /// One task, to be dispatched with the tile shape of the instruction set.
@@ -130,26 +67,23 @@ impl<R: ScoreRule> TileOp for Prefill<'_, '_, R> {
 
     #[inline(always)]
     fn eval<S: Simd, const MR: usize, const NV: usize>(self, s: S) {
-        let layout = Layout::new(&self.call.plan);
+        let plan = &self.call.plan;
+        let layout = Layout::new(plan);
         with_scratch(layout.total, |memory| {
             let scratch = Scratch::cut(&layout, memory);
             // The closure runs inside a function without vector features: enter them again.
-            s.vectorize(Worker::<S, R, MR, NV> {
-                s,
-                call: self.call,
-                task: &self.task,
-                scratch,
-                key_block: key_block(self.task.segment.key_len),
-                started: 0,
-                scanned: None,
-                scan_found: false,
-            });
+            if plan.has_few_rows(&self.task.segment) {
+                s.vectorize(Worker::<S, R, MR, 1, true>::new(s, self.call, &self.task, scratch));
+            } else {
+                s.vectorize(Worker::<S, R, MR, NV, false>::new(s, self.call, &self.task, scratch));
+            }
         });
     }
 }
 
-/// A task in the hands of a worker, compiled for an instruction set and its tile.
-pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize> {
+/// A task in the hands of a worker, compiled for an instruction set and its tile; `FEW`: for the products of few_rows.rs,
+/// with one vector of queries, instead of tiles.
+pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize, const FEW: bool> {
     pub(crate) s: S,
     pub(crate) call: &'w Call<'a, R>,
     pub(crate) task: &'w Task,
@@ -160,30 +94,95 @@ pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize> {
     /// The block of keys whose values have been scanned for NaN and infinities, and what was found.
     pub(crate) scanned: Option<usize>,
     pub(crate) scan_found: bool,
+    /// The block of keys that is brought in, and where its rows are.
+    pub(crate) block: Range<usize>,
+    keys: BlockRows,
+    values: BlockRows,
 }
 
-impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> SimdOp for Worker<'_, '_, S, R, MR, NV> {
+/// The rows of a block of keys: the first one, and values from one to the next; a null pointer where they are read one by
+/// one, by their addresses.
+#[derive(Clone, Copy)]
+struct BlockRows {
+    ptr: *const f32,
+    stride: isize,
+}
+
+impl BlockRows {
+    const NONE: Self = Self { ptr: core::ptr::null(), stride: 0 };
+
+    /// The `i`-th row.
+    #[inline(always)]
+    fn row(self, i: usize) -> *const f32 {
+        self.ptr.wrapping_offset(i as isize * self.stride)
+    }
+}
+
+impl<'w, 'a, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
+    Worker<'w, 'a, S, R, MR, NV, FEW>
+{
+    #[inline(always)]
+    fn new(s: S, call: &'w Call<'a, R>, task: &'w Task, scratch: Scratch<'w>) -> Self {
+        Self {
+            s,
+            call,
+            task,
+            scratch,
+            key_block: if FEW { FEW_BLOCK } else { key_block(task.segment.key_len) },
+            started: 0,
+            scanned: None,
+            scan_found: false,
+            block: 0..0,
+            keys: BlockRows::NONE,
+            values: BlockRows::NONE,
+        }
+    }
+}
+
+impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> SimdOp
+    for Worker<'_, '_, S, R, MR, NV, FEW>
+{
     type Output = ();
 
     #[inline(always)]
     fn eval<Same: Simd>(mut self, _: Same) {
+        if self.task.parts.is_empty() {
+            return;
+        }
         let strips = self.task.rows.len().div_ceil(Self::NR);
         for strip in 0..strips {
-            self.begin_state(strip);
             self.pack_queries(strip);
         }
         let segment = &self.task.segment;
         let all = StripRows { count: self.task.rows.len(), ..self.rows_of(0) };
-        let keys = interval::visible(self.call.spec, segment, all.queries()).any;
-        let block = self.key_block;
-        for begin in (keys.start / block * block..keys.end).step_by(block) {
-            let in_block = begin..(begin + block).min(keys.end);
-            // The last rows first: under a causal mask they see most of the block, and bring it in for the others.
-            for strip in (0..strips).rev() {
-                self.fold_block(strip, in_block.clone());
+        let visible = interval::visible(self.call.spec, segment, all.queries()).any;
+        let (parts, part_keys) = self.call.plan.parts(segment);
+        for part in self.task.parts.clone() {
+            for strip in 0..strips {
+                self.begin_state(strip, part == 0);
+            }
+            self.started = 0;
+            let keys = match parts {
+                1 => visible.clone(),
+                _ => intersect(&visible, &(part * part_keys..(part + 1) * part_keys)),
+            };
+            let block = self.key_block;
+            for begin in (keys.start / block * block..keys.end).step_by(block) {
+                let in_block = begin..(begin + block).min(keys.end);
+                // The last rows first: under a causal mask they see most of the block, and bring it in for the others.
+                for strip in (0..strips).rev() {
+                    self.fold_block(strip, in_block.clone());
+                }
+            }
+            if parts > 1 {
+                self.save_part(part);
             }
         }
+        if parts > 1 {
+            return self.merge_parts(parts);
+        }
         if self.call.weights.is_some() {
+            let (keys, block) = (visible, self.key_block);
             for strip in 0..strips {
                 for begin in (keys.start / block * block..keys.end).step_by(block) {
                     self.store_weights(strip, begin..(begin + block).min(keys.end));
@@ -196,7 +195,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> SimdOp for Worker<
     }
 }
 
-impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, R, MR, NV> {
+impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
+    Worker<'_, '_, S, R, MR, NV, FEW>
+{
     /// Query rows in a strip.
     pub(crate) const NR: usize = NV * S::LANES;
 
@@ -225,21 +226,71 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         key / self.key_block
     }
 
-    /// The value row of a key of the task's sequence.
+    /// Brings a block of keys and values in: widened or gathered in scratch where they cannot be read in place.
+    #[inline(always)]
+    fn bring_in(&mut self, block: &Range<usize>) {
+        if self.block == *block {
+            return;
+        }
+        self.block = block.clone();
+        let (s, segment, head) = (self.s, &self.task.segment, self.task.kv_head);
+        let sides = [
+            (&self.call.k, &mut self.keys, &mut *self.scratch.wide_keys),
+            (&self.call.v, &mut self.values, &mut *self.scratch.wide_values),
+        ];
+        for (rows, at, wide) in sides {
+            *at = if let Some((ptr, stride)) = rows.in_place(segment, head, block.start) {
+                BlockRows { ptr, stride }
+            } else if FEW && rows.is_in_place() {
+                BlockRows::NONE
+            } else {
+                let dim = rows.data.shape()[3];
+                let wide = &mut wide[..block.len() * dim];
+                rows.copy(s, segment, head, block, wide);
+                BlockRows { ptr: wide.as_ptr(), stride: dim as isize }
+            };
+        }
+    }
+
+    /// The value row of a key of the block that is brought in.
     #[inline(always)]
     pub(crate) fn value_row(&self, key: usize) -> &[f32] {
-        self.call.v.row(self.task.segment.batch, self.task.kv_head, self.task.segment.first_key + key)
+        let dim = self.call.plan.shape.value_dim;
+        if dim == 0 {
+            return &[];
+        }
+        let mut row = [self.values.row(key - self.block.start)];
+        if FEW && self.values.ptr.is_null() {
+            self.call.v.addresses(&self.task.segment, self.task.kv_head, &(key..key + 1), &mut row);
+        }
+        // SAFETY: the key is in the block, whose rows have `dim` values in the tensor or in scratch.
+        unsafe { core::slice::from_raw_parts(row[0], dim) }
+    }
+
+    /// The addresses of the rows of `keys`, of the block that is brought in.
+    #[inline(always)]
+    fn addresses(&self, rows: &KvRows<'_>, block: BlockRows, keys: &Range<usize>) -> [*const f32; FEW_BLOCK] {
+        let mut addresses = [core::ptr::null(); FEW_BLOCK];
+        let list = &mut addresses[..keys.len()];
+        if block.ptr.is_null() {
+            rows.addresses(&self.task.segment, self.task.kv_head, keys, list);
+        } else {
+            for (i, row) in list.iter_mut().enumerate() {
+                *row = block.row(keys.start - self.block.start + i);
+            }
+        }
+        addresses
     }
 
     /// Where the softmax of a strip begins: with nothing, or with its heads' sinks, which have no value.
     #[inline(always)]
-    fn begin_state(&mut self, strip: usize) {
+    fn begin_state(&mut self, strip: usize, with_sinks: bool) {
         let rows = self.rows_of(strip);
         let state = &mut self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR];
         let (max, sum) = state.split_at_mut(Self::NR);
         max.fill(f32::NEG_INFINITY);
         sum.fill(0.0);
-        if let Some(sinks) = self.call.spec.sinks {
+        if let Some(sinks) = self.call.spec.sinks.filter(|_| with_sinks) {
             for lane in 0..rows.count {
                 let sink = sinks[rows.head(lane)];
                 if sink != f32::NEG_INFINITY {
@@ -262,11 +313,16 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         let scores = &mut self.scratch.scores[..keys.len() * Self::NR];
         let alpha = online_softmax::update(self.s, max, sum, block_max, scores, self.call.units.to_log2);
 
-        let (v, v_stride) = match &seen {
-            Some(_) => (self.scratch.values.as_ptr(), self.call.plan.shape.value_dim as isize),
-            None => (self.value_row(keys.start).as_ptr(), self.call.v.position_stride()),
+        let values = match &seen {
+            Some(_) => {
+                let stride = self.call.plan.shape.value_dim as isize;
+                // As if the copy had the whole block, of which only `keys` are looked at.
+                let before = (keys.start - self.block.start) as isize * stride;
+                BlockRows { ptr: self.scratch.values.as_ptr().wrapping_offset(-before), stride }
+            }
+            None => self.values,
         };
-        self.weighted_sum(strip, (v, v_stride), keys.len(), alpha);
+        self.weighted_sum(strip, values, &keys, alpha);
         if let Some(seen) = seen {
             self.add_visible_nans(strip, &keys, &seen);
         }
@@ -297,6 +353,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         // On the grid of the softmax's chains, so that a query's sums do not depend on the other lanes.
         let keys = any.start - (any.start - block.start) % SUM_CHAINS..any.end;
         runs.count_from(keys.start);
+        self.bring_in(&block);
         let mut bits = Bits::All;
         if panels::needs_bits(spec, runs.ragged) {
             let words = &mut self.scratch.bits[..keys.len().div_ceil(WORD) * Self::NR];
@@ -343,17 +400,19 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         (strip, bits): (usize, Bits),
     ) -> ([S::F32; NV], bool) {
         let (s, call, spec) = (self.s, self.call, self.call.spec);
-        let (dk, first_key) = (call.plan.shape.key_dim, rows.segment.first_key + keys.start);
+        let (dk, in_block) = (call.plan.shape.key_dim, keys.start - self.block.start);
         let alibi = spec.alibi_slopes.is_some();
         let needs_pass = spec.softcap.is_some() || alibi || R::ACTIVE;
         let upcoming = self.is_last(strip).then(|| Upcoming {
-            v: call.v.row_ptr(rows.segment.batch, rows.kv_head, first_key),
-            stride: call.v.position_stride(),
+            v: self.values.row(in_block),
+            stride: self.values.stride,
             dim: call.plan.shape.value_dim,
         });
         let tiles = keys.len().div_ceil(MR);
         let ahead =
             self.next_strip(strip, rows, keys).and_then(|(rows, keys)| Ahead::new(spec, &rows, &keys, tiles));
+        let addresses =
+            if FEW { self.addresses(&call.k, self.keys, keys) } else { [core::ptr::null(); FEW_BLOCK] };
         let panel = if call.plan.has_panels { keys.len() * Self::NR } else { 0 };
         let bias =
             BiasPanel::new(s, spec, rows, keys, (&mut self.scratch.bias[..panel], &mut *self.scratch.rows));
@@ -366,30 +425,63 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
             whole: visible.whole.start.saturating_sub(keys.start)
                 ..visible.whole.end.saturating_sub(keys.start),
         };
-        let mut op = Scores::<S, NV> {
-            s,
-            ahead,
-            ops: (!needs_pass && !tile_ops.is_empty()).then_some(&tile_ops),
-            base: 0,
-            k: call.k.row_ptr(rows.segment.batch, rows.kv_head, first_key),
-            k_stride: call.k.position_stride(),
-            depth: dk,
-            queries: &self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR],
-            scores: &mut self.scratch.scores[..keys.len() * Self::NR],
-            max: [s.splat(f32::NEG_INFINITY); NV],
-            upcoming,
-            bias: &bias,
-        };
+        let light = !needs_pass && !FEW;
+        let queries = &self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR];
+        let scores = &mut self.scratch.scores[..keys.len() * Self::NR];
         let mut filled = 0;
         for run in runs.as_slice() {
-            op.scores[filled * Self::NR..run.start * Self::NR].fill(f32::NEG_INFINITY);
-            op.base = run.start;
-            for_row_tiles::<MR, _>(run.len(), &mut op);
+            scores[filled * Self::NR..run.start * Self::NR].fill(f32::NEG_INFINITY);
             filled = run.end;
         }
-        if !needs_pass {
-            let max = op.max;
-            return (max, bias.masks);
+        if FEW {
+            let values = &call.v;
+            for run in runs.as_slice() {
+                let of_run = keys.start + run.start..keys.start + run.end;
+                let mut op = FewScores {
+                    queries,
+                    dim: dk,
+                    count: rows.count,
+                    keys: &addresses[run.clone()],
+                    scores: &mut scores[run.start * Self::NR..run.end * Self::NR],
+                };
+                let ahead = |key: usize| {
+                    if values.is_in_place() {
+                        values.prefetch(s, &rows.segment, rows.kv_head, of_run.start + key);
+                    }
+                };
+                // SAFETY: the keys of the block have rows of `dk` values.
+                unsafe { op.run(s, ahead) };
+            }
+            if !needs_pass && tile_ops.is_empty() {
+                let mut max = [s.splat(f32::NEG_INFINITY); NV];
+                for row in scores.chunks_exact(S::LANES) {
+                    max[0] = s.max(s.load(row), max[0]);
+                }
+                return (max, false);
+            }
+        } else {
+            let mut op = Scores::<S, NV> {
+                s,
+                ahead,
+                ops: (light && !tile_ops.is_empty()).then_some(&tile_ops),
+                base: 0,
+                k: self.keys.row(in_block),
+                k_stride: self.keys.stride,
+                depth: dk,
+                queries,
+                scores,
+                max: [s.splat(f32::NEG_INFINITY); NV],
+                upcoming,
+                bias: &bias,
+            };
+            for run in runs.as_slice() {
+                op.base = run.start;
+                for_row_tiles::<MR, _>(run.len(), &mut op);
+            }
+            if light {
+                let max = op.max;
+                return (max, bias.masks);
+            }
         }
         let max = s.vectorize(ScorePass {
             s,
@@ -409,29 +501,47 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         (max, bias.masks)
     }
 
-    /// O^T = alpha O^T + V^T P^T with the weights of `keys` keys in the scratch and the values in rows from `v` on.
+    /// O^T = alpha O^T + V^T P^T with the weights of `keys` in the scratch and the values of the block in `values`.
     #[inline(always)]
-    fn weighted_sum(
-        &mut self,
-        strip: usize,
-        (v, v_stride): (*const f32, isize),
-        keys: usize,
-        alpha: [S::F32; NV],
-    ) {
-        let dv = self.call.plan.shape.value_dim;
+    fn weighted_sum(&mut self, strip: usize, values: BlockRows, keys: &Range<usize>, alpha: [S::F32; NV]) {
+        let (s, dv) = (self.s, self.call.plan.shape.value_dim);
         let mut factors = [0.0; MAX_NR];
         for (v, &alpha) in alpha.iter().enumerate() {
-            self.s.store(alpha, &mut factors[v * S::LANES..]);
+            s.store(alpha, &mut factors[v * S::LANES..]);
+        }
+        // The first block of a strip writes: what the scratch held before is never read.
+        let started = self.started >> strip & 1 == 1;
+        let addresses =
+            if FEW { self.addresses(&self.call.v, values, keys) } else { [core::ptr::null(); FEW_BLOCK] };
+        let weights = &self.scratch.scores[..keys.len() * Self::NR];
+        let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
+        if FEW {
+            let mut op = FewSums {
+                weights,
+                values: &addresses[..keys.len()],
+                dim: dv,
+                count: self.task.rows.len(),
+                alpha: started.then_some(&factors),
+                outputs,
+            };
+            let (rows, segment, head) = (&self.call.k, &self.task.segment, self.task.kv_head);
+            let ahead = |key: usize| {
+                if rows.is_in_place() {
+                    rows.prefetch(s, segment, head, keys.start + key + FEW_BLOCK);
+                }
+            };
+            // SAFETY: the keys of the block have value rows of `dv` values.
+            unsafe { op.run(s, ahead) };
+            return;
         }
         let mut op = WeightedSum::<S, NV> {
-            s: self.s,
-            v,
-            v_stride,
-            keys,
-            weights: &self.scratch.scores[..keys * Self::NR],
-            outputs: &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR],
-            // The first block of a strip writes: what the scratch held before is never read.
-            alpha: (self.started >> strip & 1 == 1).then_some(&factors),
+            s,
+            v: values.row(keys.start - self.block.start),
+            v_stride: values.stride,
+            keys: keys.len(),
+            weights,
+            outputs,
+            alpha: started.then_some(&factors),
         };
         for_row_tiles::<MR, _>(dv, &mut op);
     }

@@ -11,6 +11,7 @@
 
 use core::ops::Range;
 
+use crate::rotary::Rotary;
 use crate::{BlockMask, Broadcast, HalfKind, TensorRef};
 
 /// Which keys a query may see, counted from its own position (an alignment, not a flag).
@@ -87,6 +88,23 @@ pub struct T5Bias<'a> {
     pub bidirectional: bool,
 }
 
+/// Rotary positions of queries.
+#[derive(Clone, Copy, Debug)]
+pub struct QueryRotary<'a> {
+    /// The angles.
+    pub table: &'a Rotary,
+    /// Per token: of (query length), the same for all batches, or of (batch, query length).
+    pub positions: &'a [usize],
+}
+
+impl QueryRotary<'_> {
+    /// Rotates a query.
+    pub(crate) fn rotate(&self, batch: usize, query: usize, query_len: usize, row: &mut [f32]) {
+        let at = if self.positions.len() == query_len { query } else { batch * query_len + query };
+        self.table.rotate_checked(row, self.positions[at]);
+    }
+}
+
 /// What is asked of a call beyond its tensors. `AttentionSpec::new()` is plain attention; the methods add to it:
 ///
 /// ```
@@ -128,6 +146,8 @@ pub struct AttentionSpec<'a> {
     pub block_mask: Option<&'a BlockMask>,
     /// One logit per query head: joins the maximum and the sum, has no value.
     pub sinks: Option<&'a [f32]>,
+    /// Queries are rotated when they are loaded.
+    pub rotary: Option<QueryRotary<'a>>,
 }
 
 macro_rules! setters {
@@ -172,6 +192,8 @@ impl<'a> AttentionSpec<'a> {
         with_block_mask: block_mask: &'a BlockMask;
         /// With attention sinks, one logit per query head.
         with_sinks: sinks: &'a [f32];
+        /// With queries rotated to their positions when they are loaded; keys are rotated when they are appended to a cache.
+        with_rotary: rotary: QueryRotary<'a>;
     }
 
     /// The factor of q . k for this key dim, unrounded.

@@ -249,6 +249,14 @@ impl<'a> DataMut<'a> {
         }
     }
 
+    /// The f32 tensor, where it is one.
+    pub(crate) fn as_f32(&self) -> Option<&TensorMut<'a, f32>> {
+        match self {
+            DataMut::F32(x) => Some(x),
+            _ => None,
+        }
+    }
+
     /// Stores one row, rounded to the type.
     ///
     /// # Safety

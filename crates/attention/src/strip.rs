@@ -5,7 +5,6 @@ use core::ops::Range;
 use qkv_simd::Simd;
 
 use crate::interval::Segment;
-use crate::online_softmax::{self, InverseSum};
 use crate::prefill::Worker;
 use crate::rule::{RuleRows, ScoreRule};
 
@@ -101,34 +100,43 @@ pub(crate) fn load_lanes<S: Simd, const NV: usize>(s: S, lanes: &[f32; MAX_NR]) 
     vectors
 }
 
-impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, R, MR, NV> {
-    /// Packs a strip's queries as [dk][NR], times the scale; lanes without a row are zero.
+impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
+    Worker<'_, '_, S, R, MR, NV, FEW>
+{
+    /// Packs a strip's queries as [dk][NR], times the scale; lanes without a row are zero. Few rows: [rows][dk].
     #[inline(always)]
     pub(crate) fn pack_queries(&mut self, strip: usize) {
         let (s, rows, dk) = (self.s, self.rows_of(strip), self.call.plan.shape.key_dim);
         let packed = &mut self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR];
-        if rows.group == 1 && rows.count == Self::NR {
-            let from =
-                self.call.q.row_ptr(rows.segment.batch, rows.head(0), rows.segment.first_query + rows.first);
-            let stride = self.call.q.position_stride();
+        let (batch, first) = (rows.segment.batch, rows.segment.first_query);
+        if let (Some(q), None, 1, false) = (self.call.q.as_f32(), &self.call.spec.rotary, rows.group, FEW)
+            && rows.count == Self::NR
+        {
+            let from = q.row_ptr(batch, rows.head(0), first + rows.first);
+            let stride = q.position_stride();
             // SAFETY: NR rows of dk values lie `stride` apart, and `packed` has room for them.
             unsafe { transpose(s, (Self::NR, dk), from, stride, packed.as_mut_ptr(), Self::NR as isize) };
         } else {
-            let staged = &mut self.scratch.rows[..Self::NR * dk];
+            let staged = if FEW { &mut *packed } else { &mut self.scratch.rows[..Self::NR * dk] };
             for lane in 0..Self::NR {
                 let to = &mut staged[lane * dk..][..dk];
                 if lane < rows.count {
-                    let (batch, position) = (rows.segment.batch, rows.segment.first_query + rows.query(lane));
-                    to.copy_from_slice(self.call.q.row(batch, rows.head(lane), position));
+                    let position = first + rows.query(lane);
+                    self.call.q.widen_row(s, [batch, rows.head(lane), position], to);
+                    if let Some(rotary) = &self.call.spec.rotary {
+                        rotary.rotate(rows.segment.index, position, self.call.plan.shape.query_len, to);
+                    }
                 } else {
                     to.fill(0.0);
                 }
             }
-            let from = staged.as_ptr();
-            // SAFETY: NR rows of dk values lie in `staged`, and `packed` has room for them.
-            unsafe {
-                transpose(s, (Self::NR, dk), from, dk as isize, packed.as_mut_ptr(), Self::NR as isize)
-            };
+            if !FEW {
+                let from = staged.as_ptr();
+                // SAFETY: NR rows of dk values lie in `staged`, and `packed` has room for them.
+                unsafe {
+                    transpose(s, (Self::NR, dk), from, dk as isize, packed.as_mut_ptr(), Self::NR as isize)
+                };
+            }
         }
 
         // The scale in two parts, the second what rounding took off the first: q x scale is then rounded once.
@@ -138,65 +146,6 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
         for q in packed.chunks_exact_mut(S::LANES) {
             let x = s.load(q);
             s.store(s.mul_add(x, s.splat(high), s.mul(x, s.splat(low))), q);
-        }
-    }
-
-    /// Ends a strip: outputs over their sums, transposed back to rows, and the LSE.
-    #[inline(always)]
-    pub(crate) fn store_outputs(&mut self, strip: usize) {
-        let (s, rows, dv) = (self.s, self.rows_of(strip), self.call.plan.shape.value_dim);
-        let (max, sum) = self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR].split_at(Self::NR);
-        let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
-        if self.started >> strip & 1 == 0 {
-            outputs.fill(0.0);
-        }
-        let inverse: [_; NV] = core::array::from_fn(|v| InverseSum::of(s, s.load(&sum[v * S::LANES..])));
-        for row in outputs.chunks_exact_mut(Self::NR) {
-            for (v, inverse) in inverse.iter().enumerate() {
-                let at = &mut row[v * S::LANES..];
-                s.store(inverse.times(s, s.load(at)), at);
-            }
-        }
-
-        let from = outputs.as_ptr();
-        if rows.group == 1 && rows.count == Self::NR {
-            let to = self.call.out.row_ptr(
-                rows.segment.batch,
-                rows.head(0),
-                rows.segment.first_query + rows.first,
-            );
-            let stride = self.call.out.position_stride();
-            // SAFETY: NR rows of dv values lie `stride` apart; they belong to this task alone, and scratch is elsewhere.
-            unsafe { transpose(s, (dv, Self::NR), from, Self::NR as isize, to, stride) };
-        } else {
-            let staged = &mut self.scratch.rows[..Self::NR * dv];
-            // SAFETY: `staged` has room for NR rows of dv values.
-            unsafe {
-                transpose(s, (dv, Self::NR), from, Self::NR as isize, staged.as_mut_ptr(), dv as isize)
-            };
-            for lane in 0..rows.count {
-                let position = rows.segment.first_query + rows.query(lane);
-                let to = self.call.out.row_ptr(rows.segment.batch, rows.head(lane), position);
-                let from = &self.scratch.rows[lane * dv..][..dv];
-                // SAFETY: the row exists and has dv values; it belongs to this task alone, and scratch is elsewhere.
-                unsafe { to.copy_from_nonoverlapping(from.as_ptr(), dv) };
-            }
-        }
-        if self.call.lse.is_none() && self.call.maxima.is_none() {
-            return;
-        }
-        for lane in 0..rows.count {
-            let (batch, head) = (rows.segment.batch, rows.head(lane));
-            let position = rows.segment.first_query + rows.query(lane);
-            // SAFETY: the rows, of one value each, exist and belong to this task alone.
-            unsafe {
-                if let Some(lse) = &self.call.lse {
-                    *lse.row_ptr(batch, head, position) = online_softmax::lse(max[lane], sum[lane]);
-                }
-                if let Some(maxima) = &self.call.maxima {
-                    *maxima.row_ptr(batch, head, position) = max[lane] * core::f32::consts::LN_2;
-                }
-            }
         }
     }
 }

@@ -357,14 +357,24 @@ pub struct Tensor<T = f32> {
     shape: [usize; 4],
 }
 
-impl<T: Copy + Default> Tensor<T> {
-    /// All zeros.
+impl Tensor<f32> {
+    /// All zeros. (Of f32; [`Tensor::filled`] makes the other types.)
     ///
     /// # Errors
     /// Where the shape does not fit the address space.
     pub fn zeros(shape: [usize; 4]) -> Result<Self, TensorError> {
+        Self::filled(shape, 0.0)
+    }
+}
+
+impl<T: Copy + Default> Tensor<T> {
+    /// All `value`.
+    ///
+    /// # Errors
+    /// Where the shape does not fit the address space.
+    pub fn filled(shape: [usize; 4], value: T) -> Result<Self, TensorError> {
         Geometry::contiguous(shape)?;
-        Ok(Self { data: vec![T::default(); shape.iter().product()], shape })
+        Ok(Self { data: vec![value; shape.iter().product()], shape })
     }
 
     /// Made by calling `f` for each element in row-major order with its index (batch, head, position, dim).
@@ -372,7 +382,7 @@ impl<T: Copy + Default> Tensor<T> {
     /// # Errors
     /// Where the shape does not fit the address space.
     pub fn from_fn(shape: [usize; 4], mut f: impl FnMut([usize; 4]) -> T) -> Result<Self, TensorError> {
-        let mut tensor = Self::zeros(shape)?;
+        let mut tensor = Self::filled(shape, T::default())?;
         let [_, heads, length, dim] = shape;
         for (i, value) in tensor.data.iter_mut().enumerate() {
             let (row, d) = (i / dim, i % dim);

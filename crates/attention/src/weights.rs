@@ -11,12 +11,13 @@ use qkv_simd::{Isa, Simd, SimdOp};
 
 use crate::check::{MAX_LENGTH, check_inputs};
 use crate::forward::batches;
+use crate::kv_rows::KvRows;
 use crate::online_softmax::{InverseSum, reference};
 use crate::plan::{Plan, Task};
 use crate::prefill::{BlockScores, Call, Prefill, Worker};
 use crate::rule::{NoRule, ScoreRule};
 use crate::score_ops::Units;
-use crate::{Argument, AttentionError, AttentionSpec, Tensor, TensorMut, TensorRef};
+use crate::{Argument, AttentionError, AttentionSpec, Data, DataMut, Tensor, TensorMut, TensorRef};
 
 /// Which weights are wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,18 +41,20 @@ pub(crate) struct SelectedWeights<'a> {
 ///
 /// # Errors
 /// Where the tensors or the spec do not fit each other, or the selection goes beyond them.
-pub fn attention_weights(
-    q: TensorRef<'_>,
-    k: TensorRef<'_>,
+pub fn attention_weights<'a>(
+    q: impl Into<Data<'a>>,
+    k: impl Into<Data<'a>>,
     spec: &AttentionSpec<'_>,
     selection: Selection,
 ) -> Result<Tensor, AttentionError> {
+    let (q, k) = (q.into(), k.into());
     let [batch, kv_heads, key_len, _] = k.shape();
     // No values: the second product has nothing to do.
-    let v = TensorRef::from_slice(&[], [batch, kv_heads, key_len, 0]).map_err(|_| {
+    let v = TensorRef::<f32>::from_slice(&[], [batch, kv_heads, key_len, 0]).map_err(|_| {
         AttentionError::TooLong { argument: Argument::Key, given: key_len, limit: MAX_LENGTH }
     })?;
-    let shape = check_inputs(q, k, v, spec)?;
+    let v = Data::from(v);
+    let shape = check_inputs(q.shape(), k.shape(), v.shape(), spec)?;
     for (argument, given, limit) in [
         ("selection.batch", selection.batch.saturating_add(1), shape.batch),
         ("selection.heads", selection.heads.end, shape.query_heads),
@@ -68,7 +71,8 @@ pub fn attention_weights(
     let out = TensorMut::from_slice(&mut [], no_output).map_err(too_large)?;
 
     let isa = Isa::active()?;
-    let plan = Plan::new(shape, spec, batches(&shape, spec)?, isa);
+    let (k, v) = (KvRows::plain(k), KvRows::plain(v));
+    let plan = Plan::new(shape, spec, batches(&shape, spec)?, isa, [&k, &v]).for_inspection();
     let tasks = selected_tasks(&plan, &selection);
     let units = Units::new(spec, shape.key_dim, false);
     let selected = SelectedWeights { selection, out: weights.view_mut() };
@@ -76,7 +80,7 @@ pub fn attention_weights(
         q,
         k,
         v,
-        out,
+        out: DataMut::F32(out),
         lse: None,
         maxima: None,
         weights: Some(selected),
@@ -84,6 +88,7 @@ pub fn attention_weights(
         rule: NoRule,
         units,
         plan,
+        shared: None,
     };
     run_tasks_in_order(tasks.len(), |numbers| {
         while let Some(index) = numbers.take() {
@@ -109,7 +114,9 @@ fn selected_tasks(plan: &Plan, selection: &Selection) -> Vec<Task> {
         .collect()
 }
 
-impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, R, MR, NV> {
+impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
+    Worker<'_, '_, S, R, MR, NV, FEW>
+{
     /// Stores a block's weights of the selected rows of a strip, whose state is final.
     #[inline(always)]
     pub(crate) fn store_weights(&mut self, strip: usize, block: Range<usize>) {
@@ -141,13 +148,15 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> Worker<'_, '_, S, 
 }
 
 /// [`Worker::block_scores`] a second time, in a function of its own: the kernel's copy is inlined where speed counts.
-struct Again<'o, 'w, 'a, S, R, const MR: usize, const NV: usize> {
-    worker: &'o mut Worker<'w, 'a, S, R, MR, NV>,
+struct Again<'o, 'w, 'a, S, R, const MR: usize, const NV: usize, const FEW: bool> {
+    worker: &'o mut Worker<'w, 'a, S, R, MR, NV, FEW>,
     strip: usize,
     block: Range<usize>,
 }
 
-impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize> SimdOp for Again<'_, '_, '_, S, R, MR, NV> {
+impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> SimdOp
+    for Again<'_, '_, '_, S, R, MR, NV, FEW>
+{
     type Output = Option<BlockScores<S::F32, NV>>;
     #[inline(always)]
     fn eval<Same: Simd>(self, _: Same) -> Self::Output {

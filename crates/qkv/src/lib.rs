@@ -24,9 +24,9 @@ pub mod probe;
 
 pub use qkv_attention::{
     Argument, AttentionError, AttentionSpec, Bias, BlockCounts, BlockMask, Broadcast, Causal, Data, DataMut,
-    Explanation, HalfKind, Int8Ref, Outputs, Packed, PagedRef, Plan, Selection, Shape, T5Bias, Tensor,
-    TensorError, TensorMut, TensorRef, Window, attention, attention_into, attention_packed,
-    attention_weights, attention_with_lse, attention_with_rule, explain, merge, reference, rule,
+    Explanation, HalfKind, Int8Ref, Outputs, Packed, PagedRef, Plan, QueryRotary, Selection, Shape, T5Bias,
+    Tensor, TensorError, TensorMut, TensorRef, Window, attention, attention_into, attention_packed,
+    attention_weights, attention_with_lse, attention_with_rule, explain, merge, reference, rotary, rule,
 };
 pub use qkv_gemm as gemm;
 pub use qkv_simd as simd;

@@ -169,6 +169,16 @@ pub trait Simd: sealed::Sealed + Copy + Send + Sync + Debug + 'static {
 
     /// The sum of the lanes, by halves.
     fn reduce_add(self, a: Self::F32) -> f32;
+    /// Lane i is the sum of the lanes of `rows[i]`, for 1, 4 or 8 rows of which the first `LANES` count; other lanes are
+    /// any.
+    #[inline(always)]
+    fn reduce_each(self, rows: &[Self::F32]) -> Self::F32 {
+        let mut sums = [0.0; 16];
+        for (sum, &row) in sums.iter_mut().zip(rows).take(Self::LANES) {
+            *sum = self.reduce_add(row);
+        }
+        self.load(&sums)
+    }
     /// The largest lane; NaN lanes may be dropped.
     fn reduce_max(self, a: Self::F32) -> f32;
 

@@ -218,6 +218,27 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn reduce_each(self, rows: &[__m256]) -> __m256 {
+        register_op!({
+            match *rows {
+                [a, b, c, d, e, f, g, h] => {
+                    let low = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+                    let high = _mm256_hadd_ps(_mm256_hadd_ps(e, f), _mm256_hadd_ps(g, h));
+                    // The sums of halves: of rows 0 to 3 in `low`, of rows 4 to 7 in `high`.
+                    let first = _mm256_permute2f128_ps::<0x20>(low, high);
+                    _mm256_add_ps(first, _mm256_permute2f128_ps::<0x31>(low, high))
+                }
+                [a, b, c, d] => {
+                    let low = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+                    let sums = _mm_add_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps::<1>(low));
+                    _mm256_castps128_ps256(sums)
+                }
+                [a, ..] => _mm256_set1_ps(self.reduce_add(a)),
+                [] => _mm256_setzero_ps(),
+            }
+        })
+    }
+    #[inline(always)]
     fn reduce_max(self, a: __m256) -> f32 {
         register_op!({
             let x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));

@@ -1,0 +1,192 @@
+//! The end of a strip: outputs over their sums, stored as rows, and the LSE; or, where its keys were cut into parts, what
+//! a part leaves behind, and their merge.
+
+use qkv_simd::Simd;
+
+use crate::merge::joint_lse;
+use crate::online_softmax::{self, InverseSum};
+use crate::prefill::{Call, Worker};
+use crate::rule::ScoreRule;
+use crate::strip::{StripRows, transpose};
+
+impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
+    Worker<'_, '_, S, R, MR, NV, FEW>
+{
+    /// Ends a strip.
+    #[inline(always)]
+    pub(crate) fn store_outputs(&mut self, strip: usize) {
+        let (s, call, rows) = (self.s, self.call, self.rows_of(strip));
+        let dv = call.plan.shape.value_dim;
+        let sum = &self.scratch.state[strip * 2 * Self::NR..][Self::NR..2 * Self::NR];
+        let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
+        if self.started >> strip & 1 == 0 {
+            outputs.fill(0.0);
+        }
+        let mut inverse = [InverseSum::nothing(s); NV];
+        for (v, inverse) in inverse.iter_mut().enumerate() {
+            *inverse = InverseSum::of(s, s.load(&sum[v * S::LANES..]));
+        }
+        if FEW {
+            for (lane, row) in outputs.chunks_exact_mut(dv.max(1)).enumerate().take(rows.count) {
+                let inverse = InverseSum::of(s, s.splat(sum[lane]));
+                let mut chunks = row.chunks_exact_mut(S::LANES);
+                for x in &mut chunks {
+                    s.store(inverse.times(s, s.load(x)), x);
+                }
+                let rest = chunks.into_remainder();
+                let p = rest.as_mut_ptr();
+                // SAFETY: `rest` has that many values.
+                unsafe {
+                    let x = s.load_partial(p, rest.len());
+                    s.store_partial(inverse.times(s, x), p, rest.len());
+                }
+            }
+        } else {
+            for row in outputs.chunks_exact_mut(Self::NR) {
+                for (v, inverse) in inverse.iter().enumerate() {
+                    let at = &mut row[v * S::LANES..];
+                    s.store(inverse.times(s, s.load(at)), at);
+                }
+            }
+        }
+
+        let in_place =
+            if FEW || rows.group != 1 || rows.count != Self::NR { None } else { self.call.out.as_f32() };
+        if let Some(out) = in_place {
+            let position = rows.segment.first_query + rows.first;
+            let to = out.row_ptr(rows.segment.batch, rows.head(0), position);
+            let (from, stride) = (outputs.as_ptr(), out.position_stride());
+            // SAFETY: NR rows of dv values lie `stride` apart; they belong to this task alone, and scratch is elsewhere.
+            unsafe { transpose(s, (dv, Self::NR), from, Self::NR as isize, to, stride) };
+        } else {
+            self.turn_outputs(strip);
+            let staged = self.output_rows(strip);
+            for lane in 0..rows.count {
+                call.store_row(&rows, lane, &staged[lane * dv..][..dv]);
+            }
+        }
+        if call.lse.is_some() || call.maxima.is_some() {
+            let (max, sum) = self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR].split_at(Self::NR);
+            for lane in 0..rows.count {
+                call.store_state(&rows, lane, online_softmax::lse(max[lane], sum[lane]), max[lane]);
+            }
+        }
+    }
+
+    /// Outputs of a strip as rows, [NR][dv], in `scratch.rows`, unless they are rows already.
+    #[inline(always)]
+    fn turn_outputs(&mut self, strip: usize) {
+        if FEW {
+            return;
+        }
+        let dv = self.call.plan.shape.value_dim;
+        let from = self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR].as_ptr();
+        let staged = &mut self.scratch.rows[..Self::NR * dv];
+        // SAFETY: `staged` has room for NR rows of dv values.
+        unsafe {
+            transpose(self.s, (dv, Self::NR), from, Self::NR as isize, staged.as_mut_ptr(), dv as isize)
+        };
+    }
+
+    /// What [`Self::turn_outputs`] has made.
+    #[inline(always)]
+    fn output_rows(&self, strip: usize) -> &[f32] {
+        let dv = self.call.plan.shape.value_dim;
+        if FEW { &self.scratch.outputs[strip * dv * Self::NR..] } else { &self.scratch.rows[..Self::NR * dv] }
+    }
+
+    /// Leaves a part of the keys of the task's one strip in its slot: max, sum, and outputs that are not divided yet.
+    #[inline(always)]
+    pub(crate) fn save_part(&mut self, part: usize) {
+        let (dv, count, slot) = (self.call.plan.shape.value_dim, self.task.rows.len(), self.call.plan.slot());
+        if self.started & 1 == 0 {
+            self.scratch.outputs[..dv * Self::NR].fill(0.0);
+        }
+        self.turn_outputs(0);
+        let outputs = if FEW { &self.scratch.outputs[..] } else { &self.scratch.rows[..] };
+        let to = match &self.call.shared {
+            // SAFETY: this task has this part of its unit.
+            Some(shared) => unsafe { shared.slots(self.task.first_slot + part, 1) },
+            None => &mut self.scratch.slots[part * slot..][..slot],
+        };
+        let (max, sum) = self.scratch.state[..2 * Self::NR].split_at(Self::NR);
+        to[..count].copy_from_slice(&max[..count]);
+        to[count..2 * count].copy_from_slice(&sum[..count]);
+        to[2 * count..][..count * dv].copy_from_slice(&outputs[..count * dv]);
+    }
+
+    /// Merges the parts and stores the result, if this task is the one that has finished the last of them.
+    #[inline(always)]
+    pub(crate) fn merge_parts(&mut self, parts: usize) {
+        let (s, call, rows) = (self.s, self.call, self.rows_of(0));
+        let (dv, slot) = (call.plan.shape.value_dim, call.plan.slot());
+        let count = rows.count;
+        let slots = match &self.call.shared {
+            Some(shared) => {
+                if !shared.finish(self.task.unit, parts) {
+                    return;
+                }
+                // SAFETY: all parts of the unit are finished.
+                unsafe { &*shared.slots(self.task.first_slot, parts) }
+            }
+            None => &self.scratch.slots[..parts * slot],
+        };
+        for lane in 0..count {
+            let state = slots.chunks_exact(slot).map(|slot| (slot[lane], slot[count + lane]));
+            let joint = joint_lse(state.clone().map(|(max, sum)| online_softmax::lse64(max, sum)));
+            let out = &mut self.scratch.rows[..dv];
+            out.fill(0.0);
+            for (slot, (max, sum)) in slots.chunks_exact(slot).zip(state.clone()) {
+                let lse = online_softmax::lse64(max, sum);
+                if lse == f64::NEG_INFINITY {
+                    continue;
+                }
+                let factor = s.splat(((lse - joint).exp() / f64::from(sum)) as f32);
+                let from = &slot[2 * count + lane * dv..][..dv];
+                let whole = dv / S::LANES * S::LANES;
+                for at in (0..whole).step_by(S::LANES) {
+                    let sum = s.mul_add(factor, s.load(&from[at..]), s.load(&out[at..]));
+                    s.store(sum, &mut out[at..]);
+                }
+                let (from, to) = (from[whole..].as_ptr(), out[whole..].as_mut_ptr());
+                // SAFETY: both have `dv - whole` values.
+                unsafe {
+                    let old = s.load_partial(to, dv - whole);
+                    let sum = s.mul_add(factor, s.load_partial(from, dv - whole), old);
+                    s.store_partial(sum, to, dv - whole);
+                }
+            }
+            // Not `max`, which drops NaN; but a NaN is in the sums as well.
+            let max =
+                state.fold(f32::NEG_INFINITY, |max, (of_part, _)| if of_part > max { of_part } else { max });
+            call.store_row(&rows, lane, &self.scratch.rows[..dv]);
+            call.store_state(&rows, lane, joint as f32, max);
+        }
+    }
+}
+
+impl<R> Call<'_, R> {
+    /// Stores a row of outputs.
+    #[inline(always)]
+    fn store_row(&self, rows: &StripRows, lane: usize, from: &[f32]) {
+        let place = [rows.segment.batch, rows.head(lane), rows.segment.first_query + rows.query(lane)];
+        // SAFETY: the row exists and has dv values; it belongs to this task alone, and scratch is elsewhere.
+        unsafe { self.out.store_row(place, from) };
+    }
+
+    /// Stores a row's LSE and its maximum, the latter in units of log2, where they are asked for.
+    #[inline(always)]
+    fn store_state(&self, rows: &StripRows, lane: usize, lse: f32, max: f32) {
+        let (batch, head) = (rows.segment.batch, rows.head(lane));
+        let position = rows.segment.first_query + rows.query(lane);
+        // SAFETY: the rows, of one value each, exist and belong to this task alone.
+        unsafe {
+            if let Some(to) = &self.lse {
+                *to.row_ptr(batch, head, position) = lse;
+            }
+            if let Some(to) = &self.maxima {
+                *to.row_ptr(batch, head, position) = max * core::f32::consts::LN_2;
+            }
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Where the rows of keys and values lie, and how a block of them is brought in.
+//!
+//! | given as | the kernels read |
+//! | --- | --- |
+//! | f32 with one stride | in place |
+//! | 16 or 8 bits | a copy in scratch, widened once per block for all rows of the task |
+//! | pages | f32: row by row in place (few query rows), or a copy (tiles want one stride); else as above |
+
+use core::ops::Range;
+
+use qkv_simd::Simd;
+
+use crate::Data;
+use crate::interval::Segment;
+
+/// The keys or the values of a call.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KvRows<'a> {
+    pub(crate) data: Data<'a>,
+    /// The pages of each sequence; `None` where rows are counted by batch and position.
+    pub(crate) tables: Option<&'a [&'a [u32]]>,
+}
+
+impl<'a> KvRows<'a> {
+    /// Rows counted by batch and position.
+    pub(crate) fn plain(data: Data<'a>) -> Self {
+        Self { data, tables: None }
+    }
+
+    /// Whether a block of rows has to be copied for the tiles.
+    pub(crate) fn is_copied(&self) -> bool {
+        self.tables.is_some() || self.data.as_f32().is_none()
+    }
+
+    /// Whether single rows are read where they lie.
+    pub(crate) fn is_in_place(&self) -> bool {
+        self.data.as_f32().is_some()
+    }
+
+    /// (batch or page, head, position) of a key's row, and how many rows from there on are one stride apart.
+    #[inline(always)]
+    fn place(&self, segment: &Segment, head: usize, key: usize) -> ([usize; 3], usize) {
+        match self.tables {
+            None => ([segment.batch, head, segment.first_key + key], usize::MAX),
+            Some(tables) => {
+                let size = self.data.shape()[2];
+                let page = tables[segment.index][key / size] as usize;
+                ([page, head, key % size], size - key % size)
+            }
+        }
+    }
+
+    /// The rows of `keys` where they lie, if they are f32 and one stride apart: the first, and the stride.
+    #[inline(always)]
+    pub(crate) fn in_place(&self, segment: &Segment, head: usize, key: usize) -> Option<(*const f32, isize)> {
+        if self.tables.is_some() {
+            return None;
+        }
+        let tensor = self.data.as_f32()?;
+        let row = tensor.row_ptr(segment.batch, head, segment.first_key + key);
+        Some((row, tensor.position_stride()))
+    }
+
+    /// Widens the rows of `keys` into `to`, [keys][dim].
+    #[inline(always)]
+    pub(crate) fn copy<S: Simd>(
+        &self,
+        s: S,
+        segment: &Segment,
+        head: usize,
+        keys: &Range<usize>,
+        to: &mut [f32],
+    ) {
+        let dim = self.data.shape()[3];
+        if dim == 0 {
+            return;
+        }
+        let mut key = keys.start;
+        let mut rows = to.chunks_exact_mut(dim);
+        while key < keys.end {
+            let ([batch, head, position], run) = self.place(segment, head, key);
+            let count = run.min(keys.end - key);
+            for (i, row) in rows.by_ref().take(count).enumerate() {
+                self.data.widen_row(s, [batch, head, position + i], row);
+            }
+            key += count;
+        }
+    }
+
+    /// The address of each row of `keys`, which must be f32.
+    #[inline(always)]
+    pub(crate) fn addresses(
+        &self,
+        segment: &Segment,
+        head: usize,
+        keys: &Range<usize>,
+        to: &mut [*const f32],
+    ) {
+        let Some(tensor) = self.data.as_f32() else { return };
+        let stride = tensor.position_stride();
+        let mut key = keys.start;
+        let mut rows = to.iter_mut();
+        while key < keys.end {
+            let ([batch, head, position], run) = self.place(segment, head, key);
+            let count = run.min(keys.end - key);
+            let first = tensor.row_ptr(batch, head, position);
+            for (i, row) in rows.by_ref().take(count).enumerate() {
+                *row = first.wrapping_offset(i as isize * stride);
+            }
+            key += count;
+        }
+    }
+
+    /// Asks for the row of a key, if the sequence has it.
+    #[inline(always)]
+    pub(crate) fn prefetch<S: Simd>(&self, s: S, segment: &Segment, head: usize, key: usize) {
+        if key < segment.key_len {
+            let (place, _) = self.place(segment, head, key);
+            let (row, bytes) = self.data.row_memory(place);
+            for at in (0..bytes).step_by(64) {
+                s.prefetch(row.wrapping_add(at).cast());
+            }
+        }
+    }
+}
