@@ -6,6 +6,7 @@
 use std::error::Error;
 
 use clap::Args;
+use qkv::cache::{KvCache, KvCacheConfig, Storage};
 use qkv::{AttentionSpec, Causal, Tensor, attention, reference};
 use safetensors::SafeTensors;
 
@@ -59,16 +60,51 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
             spec.causal = causal;
             let out = attention(q.view(), k.view(), v.view(), &spec)?;
             let exact = reference::oracle(q.view(), k.view(), v.view(), &spec);
-            let errors = out.data().iter().zip(exact.output.data()).map(|(&a, &b)| (f64::from(a) - b).abs());
-            let (mut largest, mut squares) = (0.0, 0.0);
-            for error in errors {
-                largest = f64::max(largest, error);
-                squares += error * error;
-            }
-            let rms = (squares / out.data().len() as f64).sqrt();
+            let (largest, rms) = errors(out.data(), exact.output.data());
             let mask = if causal.is_some() { "causal" } else { "full" };
             println!("{name:22} {mask:8} {largest:>12.3e} {rms:>12.3e}");
         }
     }
+    stored_caches(&file)
+}
+
+/// What storing keys and values in fewer bits costs: the same layers from caches of every storage type, against f64 on the
+/// values as they were.
+fn stored_caches(file: &SafeTensors<'_>) -> Result<(), Box<dyn Error>> {
+    let int8 = |group, zero_point| Storage::Int8 { group, zero_point };
+    let storages = [
+        ("f32", Storage::F32),
+        ("f16", Storage::F16),
+        ("bf16", Storage::Bf16),
+        ("int8, a scale per row", int8(None, false)),
+        ("int8 with zero point", int8(None, true)),
+        ("int8, groups of 16", int8(Some(16), false)),
+    ];
+    println!("\n{:22} {:24} {:>12} {:>12}", "input, full", "keys and values", "max error", "RMS error");
+    for layer in ["layer0", "layer5"] {
+        let part = |name: &str| stored(file, &format!("{layer}.{name}"));
+        let (q, k, v) = (part("q")?, part("k")?, part("v")?);
+        let exact = reference::oracle(q.view(), k.view(), v.view(), &AttentionSpec::new());
+        let [batch, heads, length, dim] = k.shape();
+        for (name, storage) in storages {
+            let config = KvCacheConfig::new(batch, heads, length, dim, dim).with_storage(storage);
+            let mut cache = KvCache::new(config)?;
+            cache.append(k.view(), v.view())?;
+            let out = attention(q.view(), cache.keys(), cache.values(), &AttentionSpec::new())?;
+            let (largest, rms) = errors(out.data(), exact.output.data());
+            println!("{:22} {name:24} {largest:>12.3e} {rms:>12.3e}", format!("minilm {layer}"));
+        }
+    }
     Ok(())
+}
+
+/// The largest and the RMS difference.
+fn errors(got: &[f32], exact: &[f64]) -> (f64, f64) {
+    let (mut largest, mut squares) = (0.0, 0.0);
+    for (&got, &exact) in got.iter().zip(exact) {
+        let error = (f64::from(got) - exact).abs();
+        largest = f64::max(largest, error);
+        squares += error * error;
+    }
+    (largest, (squares / got.len() as f64).sqrt())
 }

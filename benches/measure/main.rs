@@ -13,6 +13,7 @@
 //! The one-number commands end their standard output with that number, which is what scripts/gemm_peers.py and
 //! scripts/attention_peers.py (`--qkv PATH`) and scripts/tune.py rely on. Exit codes: 0 done, 2 bad arguments.
 
+mod decode;
 mod errors;
 mod features;
 mod goals;
@@ -49,6 +50,8 @@ enum Command {
     Errors(errors::Options),
     /// Prints what each mask and score option costs beside the same call without it.
     Features(features::Options),
+    /// Prints what a step of decoding reaches of the roofline, with every storage type.
+    Decode(decode::Options),
     /// Prints the GFLOP/s of a product of an m x k and a k x n matrix.
     Gemm(GemmArgs),
     /// Prints the GFLOP/s of a call of attention.
@@ -181,6 +184,7 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
         Command::Matrix(options) => matrix::run(&options, threads),
         Command::Errors(options) => errors::run(&options),
         Command::Features(options) => features::run(&options),
+        Command::Decode(options) => decode::run(&options, threads),
         Command::Gemm(GemmArgs { m, k, n, blocking, how }) => {
             let shape = GemmShape::new(m, k, n);
             print_rate(shape.flops(), prepare_product(shape, blocking)?, &how, threads)

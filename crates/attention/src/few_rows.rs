@@ -20,6 +20,28 @@ pub(crate) const FEW_BLOCK: usize = 32;
 /// Sums in registers at a time, of sixteen.
 const SUMS: usize = 8;
 
+/// Rows that will be wanted soon: their lines are asked for on the way, a row per key, since the hardware follows neither
+/// rows that are far apart nor the change from keys to values.
+#[derive(Clone, Copy)]
+pub(crate) struct AheadRows<'w> {
+    /// Where they begin.
+    pub(crate) rows: &'w [*const f32],
+    /// Values in each.
+    pub(crate) dim: usize,
+}
+
+impl AheadRows<'_> {
+    /// Asks for the `i`-th row, if there is one.
+    #[inline(always)]
+    fn ask<S: Simd>(&self, s: S, i: usize) {
+        if let Some(&row) = self.rows.get(i) {
+            for at in (0..self.dim).step_by(16) {
+                s.prefetch(row.wrapping_add(at));
+            }
+        }
+    }
+}
+
 /// Scores of few queries.
 pub(crate) struct FewScores<'w> {
     /// [rows][dk], scaled.
@@ -75,12 +97,12 @@ macro_rules! with_row_count {
 }
 
 impl FewScores<'_> {
-    /// Computes them; `ahead(j)` is called on the way, once per key, to ask for what comes later.
+    /// Computes them, asking for the rows `ahead` on the way.
     ///
     /// # Safety
     /// Every key's row must be readable for `dim` values.
     #[inline(always)]
-    pub(crate) unsafe fn run<S: Simd>(&mut self, s: S, ahead: impl Fn(usize)) {
+    pub(crate) unsafe fn run<S: Simd>(&mut self, s: S, ahead: AheadRows<'_>) {
         debug_assert!(self.count <= S::LANES);
         // SAFETY: the caller's promise.
         unsafe {
@@ -96,20 +118,20 @@ impl FewScores<'_> {
     /// # Safety
     /// As [`Self::run`].
     #[inline(always)]
-    unsafe fn rows<S: Simd, const R: usize, const KEYS: usize>(&mut self, s: S, ahead: impl Fn(usize)) {
+    unsafe fn rows<S: Simd, const R: usize, const KEYS: usize>(&mut self, s: S, ahead: AheadRows<'_>) {
         let mut key = 0;
         // SAFETY: the caller's promise.
         unsafe {
             while key + KEYS <= self.keys.len() {
-                self.keys::<S, R, KEYS>(s, key);
                 for key in key..key + KEYS {
-                    ahead(key);
+                    ahead.ask(s, key);
                 }
+                self.keys::<S, R, KEYS>(s, key);
                 key += KEYS;
             }
             while key < self.keys.len() {
                 self.keys::<S, R, 1>(s, key);
-                ahead(key);
+                ahead.ask(s, key);
                 key += 1;
             }
         }
@@ -182,29 +204,28 @@ pub(crate) struct FewSums<'w> {
 }
 
 impl FewSums<'_> {
-    /// Adds them to the outputs; `ahead(j)` is called on the way, once per key.
+    /// Adds them to the outputs, asking for the rows `ahead` on the way.
     ///
     /// # Safety
     /// Every value row must be readable for `dim` values.
     #[inline(always)]
-    pub(crate) unsafe fn run<S: Simd>(&mut self, s: S, ahead: impl Fn(usize)) {
+    pub(crate) unsafe fn run<S: Simd>(&mut self, s: S, mut ahead: AheadRows<'_>) {
         // SAFETY: the caller's promise.
         unsafe {
             with_row_count!(self.count, S::LANES, R => {
                 let step = (SUMS / R) * S::LANES;
                 let mut at = 0;
                 while at + step <= self.dim {
-                    self.dims::<S, R, { SUMS / R }>(s, at, S::LANES);
+                    self.dims::<S, R, { SUMS / R }>(s, at, S::LANES, ahead);
+                    ahead.rows = &[];
                     at += step;
                 }
                 while at < self.dim {
-                    self.dims::<S, R, 1>(s, at, (self.dim - at).min(S::LANES));
+                    self.dims::<S, R, 1>(s, at, (self.dim - at).min(S::LANES), ahead);
+                    ahead.rows = &[];
                     at += S::LANES;
                 }
             });
-        }
-        for key in 0..self.values.len() {
-            ahead(key);
         }
     }
 
@@ -213,10 +234,17 @@ impl FewSums<'_> {
     /// # Safety
     /// As [`Self::run`].
     #[inline(always)]
-    unsafe fn dims<S: Simd, const R: usize, const DV: usize>(&mut self, s: S, at: usize, last: usize) {
+    unsafe fn dims<S: Simd, const R: usize, const DV: usize>(
+        &mut self,
+        s: S,
+        at: usize,
+        last: usize,
+        ahead: AheadRows<'_>,
+    ) {
         let mut acc = [[s.zero(); DV]; R];
         let whole = last == S::LANES;
-        for (weights, &row) in self.weights.chunks_exact(S::LANES).zip(self.values) {
+        for (j, (weights, &row)) in self.weights.chunks_exact(S::LANES).zip(self.values).enumerate() {
+            ahead.ask(s, j);
             let mut v = [s.zero(); DV];
             for (d, v) in v.iter_mut().enumerate() {
                 // SAFETY: these dims are inside the row.

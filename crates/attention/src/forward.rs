@@ -202,7 +202,7 @@ fn lse_shape(shape: &Shape) -> [usize; 3] {
     [shape.batch, shape.query_heads, shape.query_len]
 }
 
-fn check_output(shape: &Shape, out: &DataMut<'_>) -> Result<(), AttentionError> {
+pub(crate) fn check_output(shape: &Shape, out: &DataMut<'_>) -> Result<(), AttentionError> {
     let expected = output_shape(shape);
     let given = out.shape();
     let origins = [Argument::Query, Argument::Query, Argument::Query, Argument::Value];

@@ -76,13 +76,11 @@ impl<'a> KvRows<'a> {
             return;
         }
         let mut key = keys.start;
-        let mut rows = to.chunks_exact_mut(dim);
         while key < keys.end {
-            let ([batch, head, position], run) = self.place(segment, head, key);
+            let (place, run) = self.place(segment, head, key);
             let count = run.min(keys.end - key);
-            for (i, row) in rows.by_ref().take(count).enumerate() {
-                self.data.widen_row(s, [batch, head, position + i], row);
-            }
+            let to = &mut to[(key - keys.start) * dim..][..count * dim];
+            self.data.widen_rows(s, place, count, to);
             key += count;
         }
     }
@@ -108,18 +106,6 @@ impl<'a> KvRows<'a> {
                 *row = first.wrapping_offset(i as isize * stride);
             }
             key += count;
-        }
-    }
-
-    /// Asks for the row of a key, if the sequence has it.
-    #[inline(always)]
-    pub(crate) fn prefetch<S: Simd>(&self, s: S, segment: &Segment, head: usize, key: usize) {
-        if key < segment.key_len {
-            let (place, _) = self.place(segment, head, key);
-            let (row, bytes) = self.data.row_memory(place);
-            for at in (0..bytes).step_by(64) {
-                s.prefetch(row.wrapping_add(at).cast());
-            }
         }
     }
 }

@@ -6,6 +6,7 @@
 
 mod block_mask;
 pub mod cache;
+mod cascade;
 mod check;
 mod error;
 mod few_rows;
@@ -35,6 +36,7 @@ mod tensor;
 mod weights;
 
 pub use block_mask::BlockMask;
+pub use cascade::{KeysValues, attention_cascade};
 pub use error::{Argument, AttentionError, TensorError};
 pub use forward::{
     Explanation, Outputs, attention, attention_into, attention_with_lse, attention_with_rule, explain,

@@ -9,7 +9,7 @@
 //! A side that saw no key (l = -infinity) has no weight, whatever its output holds. A sink may be counted in one of the
 //! sides only.
 
-use crate::{Argument, AttentionError, TensorMut, TensorRef};
+use crate::{Argument, AttentionError, DataMut, TensorRef};
 
 /// One side of a merge: an output (batch, heads, length, dim) and its LSE, contiguous (batch, heads, length).
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +24,13 @@ pub struct Part<'a> {
 ///
 /// # Errors
 /// Where shapes differ. Nothing is written then.
-pub fn merge(a: Part<'_>, b: Part<'_>, out: TensorMut<'_>, lse: &mut [f32]) -> Result<(), AttentionError> {
+pub fn merge<'o>(
+    a: Part<'_>,
+    b: Part<'_>,
+    out: impl Into<DataMut<'o>>,
+    lse: &mut [f32],
+) -> Result<(), AttentionError> {
+    let out = out.into();
     let shape @ [batches, heads, length, dim] = a.out.shape();
     for (given, argument) in [(b.out.shape(), Argument::Value), (out.shape(), Argument::Output)] {
         for (axis, name) in ["batch", "heads", "length", "head dim"].into_iter().enumerate() {
@@ -37,22 +43,22 @@ pub fn merge(a: Part<'_>, b: Part<'_>, out: TensorMut<'_>, lse: &mut [f32]) -> R
             return Err(AttentionError::LseLength { argument: Argument::Lse, given, expected: rows });
         }
     }
+    let mut merged = vec![0.0; dim];
     for (row, lse) in lse.iter_mut().enumerate() {
         let (batch, head, i) = (row / length / heads, row / length % heads, row % length);
         let (weight_a, weight_b, joint) = weights(a.lse[row], b.lse[row]);
         *lse = joint;
         let (from_a, from_b) = (a.out.row(batch, head, i), b.out.row(batch, head, i));
-        let to = out.row_ptr(batch, head, i);
-        for d in 0..dim {
-            let value = match (weight_a == 0.0, weight_b == 0.0) {
+        for (d, value) in merged.iter_mut().enumerate() {
+            *value = match (weight_a == 0.0, weight_b == 0.0) {
                 (true, true) => 0.0,
                 (false, true) => weight_a * from_a[d],
                 (true, false) => weight_b * from_b[d],
                 (false, false) => weight_a.mul_add(from_a[d], weight_b * from_b[d]),
             };
-            // SAFETY: the row exists and has `dim` values; `out` is borrowed exclusively.
-            unsafe { *to.add(d) = value };
         }
+        // SAFETY: the row exists and has `dim` values; `out` is borrowed exclusively.
+        unsafe { out.store_row([batch, head, i], &merged) };
     }
     Ok(())
 }

@@ -19,7 +19,7 @@ use qkv_gemm::tile::{Columns, Rhs, Rows, tile};
 use qkv_gemm::{TileOp, with_scratch};
 use qkv_simd::{Simd, SimdOp};
 
-use crate::few_rows::{FEW_BLOCK, FewScores, FewSums};
+use crate::few_rows::{AheadRows, FEW_BLOCK, FewScores, FewSums};
 use crate::interval::{self, Ends, Visible};
 use crate::kv_rows::KvRows;
 use crate::layout::{Layout, Scratch};
@@ -411,8 +411,11 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let tiles = keys.len().div_ceil(MR);
         let ahead =
             self.next_strip(strip, rows, keys).and_then(|(rows, keys)| Ahead::new(spec, &rows, &keys, tiles));
-        let addresses =
-            if FEW { self.addresses(&call.k, self.keys, keys) } else { [core::ptr::null(); FEW_BLOCK] };
+        let [addresses, value_rows] = if FEW {
+            [self.addresses(&call.k, self.keys, keys), self.addresses(&call.v, self.values, keys)]
+        } else {
+            [[core::ptr::null(); FEW_BLOCK]; 2]
+        };
         let panel = if call.plan.has_panels { keys.len() * Self::NR } else { 0 };
         let bias =
             BiasPanel::new(s, spec, rows, keys, (&mut self.scratch.bias[..panel], &mut *self.scratch.rows));
@@ -434,9 +437,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             filled = run.end;
         }
         if FEW {
-            let values = &call.v;
             for run in runs.as_slice() {
-                let of_run = keys.start + run.start..keys.start + run.end;
                 let mut op = FewScores {
                     queries,
                     dim: dk,
@@ -444,10 +445,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                     keys: &addresses[run.clone()],
                     scores: &mut scores[run.start * Self::NR..run.end * Self::NR],
                 };
-                let ahead = |key: usize| {
-                    if values.is_in_place() {
-                        values.prefetch(s, &rows.segment, rows.kv_head, of_run.start + key);
-                    }
+                let ahead = AheadRows {
+                    rows: if call.v.is_in_place() { &value_rows[run.clone()] } else { &[] },
+                    dim: call.plan.shape.value_dim,
                 };
                 // SAFETY: the keys of the block have rows of `dk` values.
                 unsafe { op.run(s, ahead) };
@@ -524,11 +524,14 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 alpha: started.then_some(&factors),
                 outputs,
             };
-            let (rows, segment, head) = (&self.call.k, &self.task.segment, self.task.kv_head);
-            let ahead = |key: usize| {
-                if rows.is_in_place() {
-                    rows.prefetch(s, segment, head, keys.start + key + FEW_BLOCK);
-                }
+            // The rows of keys of the next block.
+            let mut next_rows = [core::ptr::null(); FEW_BLOCK];
+            let next = keys.end..(keys.end + FEW_BLOCK).min(self.task.segment.key_len);
+            let next_rows = &mut next_rows[..next.len()];
+            self.call.k.addresses(&self.task.segment, self.task.kv_head, &next, next_rows);
+            let ahead = AheadRows {
+                rows: if self.call.k.is_in_place() { next_rows } else { &[] },
+                dim: self.call.plan.shape.key_dim,
             };
             // SAFETY: the keys of the block have value rows of `dv` values.
             unsafe { op.run(s, ahead) };

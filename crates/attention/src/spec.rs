@@ -98,10 +98,14 @@ pub struct QueryRotary<'a> {
 }
 
 impl QueryRotary<'_> {
+    /// The position of a query.
+    pub(crate) fn position(&self, batch: usize, query: usize, query_len: usize) -> usize {
+        self.positions[if self.positions.len() == query_len { query } else { batch * query_len + query }]
+    }
+
     /// Rotates a query.
     pub(crate) fn rotate(&self, batch: usize, query: usize, query_len: usize, row: &mut [f32]) {
-        let at = if self.positions.len() == query_len { query } else { batch * query_len + query };
-        self.table.rotate_checked(row, self.positions[at]);
+        self.table.rotate_checked(row, self.position(batch, query, query_len));
     }
 }
 

@@ -141,6 +141,20 @@ impl Data<'_> {
         }
     }
 
+    /// Position `position` of all batches, as the positions of one batch: (1, heads, batch, dim).
+    pub(crate) fn across_batches(&self, position: usize) -> Self {
+        match self {
+            Data::F32(x) => Data::F32(x.across_batches(position)),
+            Data::F16(x) => Data::F16(x.across_batches(position)),
+            Data::Bf16(x) => Data::Bf16(x.across_batches(position)),
+            Data::Int8(x) => Data::Int8(Int8Ref {
+                values: x.values.across_batches(position),
+                scales: x.scales.across_batches(position),
+                zeros: x.zeros.map(|zeros| zeros.across_batches(position)),
+            }),
+        }
+    }
+
     /// Bytes of one row, scales and zero points among them: what reading it costs.
     #[must_use]
     pub fn row_bytes(&self) -> usize {
@@ -171,70 +185,138 @@ impl Data<'_> {
         }
     }
 
-    /// Where a row begins and how many bytes it has, for prefetches.
+    /// Widens `count` rows from (batch, head, position) on into `to`, [count][dim].
     #[inline(always)]
-    pub(crate) fn row_memory(&self, [batch, head, position]: [usize; 3]) -> (*const u8, usize) {
+    pub(crate) fn widen_rows<S: Simd>(
+        &self,
+        s: S,
+        [batch, head, position]: [usize; 3],
+        count: usize,
+        to: &mut [f32],
+    ) {
         let dim = self.shape()[3];
+        debug_assert_eq!(to.len(), count * dim);
         match self {
-            Data::F32(x) => (x.row_ptr(batch, head, position).cast(), 4 * dim),
-            Data::F16(x) => (x.row_ptr(batch, head, position).cast(), 2 * dim),
-            Data::Bf16(x) => (x.row_ptr(batch, head, position).cast(), 2 * dim),
-            Data::Int8(x) => (x.values.row_ptr(batch, head, position).cast(), dim),
-        }
-    }
-
-    /// Widens one row into `to`, whose length is the dim.
-    #[inline(always)]
-    pub(crate) fn widen_row<S: Simd>(&self, s: S, [batch, head, position]: [usize; 3], to: &mut [f32]) {
-        debug_assert_eq!(to.len(), self.shape()[3]);
-        match self {
-            Data::F32(x) => to.copy_from_slice(x.row(batch, head, position)),
-            Data::F16(x) => {
-                let row = x.row(batch, head, position);
-                // SAFETY: `LANES` values lie from `at` on in both.
-                let vector = |at: usize| unsafe { s.load_f16(row[at..].as_ptr().cast()) };
-                let whole = to.len() / S::LANES * S::LANES;
-                for at in (0..whole).step_by(S::LANES) {
-                    s.store(vector(at), &mut to[at..]);
-                }
-                for at in whole..to.len() {
-                    to[at] = row[at].to_f32();
-                }
-            }
-            Data::Bf16(x) => {
-                let row = x.row(batch, head, position);
-                let whole = to.len() / S::LANES * S::LANES;
-                for at in (0..whole).step_by(S::LANES) {
-                    // SAFETY: `LANES` values lie from `at` on in both.
-                    s.store(unsafe { s.load_bf16(row[at..].as_ptr().cast()) }, &mut to[at..]);
-                }
-                for at in whole..to.len() {
-                    to[at] = row[at].to_f32();
-                }
+            Data::F32(x) => widen(s, x, None, [batch, head, position], count, to),
+            Data::F16(x) => widen(s, x, None, [batch, head, position], count, to),
+            Data::Bf16(x) => widen(s, x, None, [batch, head, position], count, to),
+            Data::Int8(x) if x.zeros.is_none() && x.scales.shape()[3] == 1 => {
+                widen(s, &x.values, Some(&x.scales), [batch, head, position], count, to);
             }
             Data::Int8(x) => {
-                let row = x.values.row(batch, head, position);
-                let scales = x.scales.row(batch, head, position);
-                let zeros = x.zeros.map(|zeros| zeros.row(batch, head, position));
-                if row.is_empty() {
-                    return;
-                }
-                let size = row.len() / scales.len();
-                for (group, (row, to)) in row.chunks_exact(size).zip(to.chunks_exact_mut(size)).enumerate() {
-                    let (scale, zero) = (scales[group], zeros.map_or(0.0, |zeros| zeros[group]));
-                    let (scales, zeros) = (s.splat(scale), s.splat(zero));
-                    let whole = size / S::LANES * S::LANES;
-                    for at in (0..whole).step_by(S::LANES) {
-                        // SAFETY: `LANES` values lie from `at` on in both.
-                        let q = unsafe { s.load_i8(row[at..].as_ptr()) };
-                        s.store(s.mul(scales, s.sub(q, zeros)), &mut to[at..]);
-                    }
-                    for at in whole..size {
-                        to[at] = scale * (f32::from(row[at]) - zero);
+                widen(s, &x.values, None, [batch, head, position], count, to);
+                let groups = x.scales.shape()[3];
+                for (i, row) in to.chunks_exact_mut(dim.max(1)).enumerate() {
+                    let scales = x.scales.row(batch, head, position + i);
+                    let zeros = x.zeros.map(|zeros| zeros.row(batch, head, position + i));
+                    let size = dim / groups.max(1);
+                    for group in 0..groups {
+                        let zero = match zeros {
+                            Some(zeros) => zeros[group],
+                            None => 0.0,
+                        };
+                        scale(s, scales[group], zero, &mut row[group * size..][..size]);
                     }
                 }
             }
         }
+    }
+}
+
+/// A type that widens to f32.
+trait Element: Copy {
+    /// `LANES` values from `p` on.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F32;
+    /// One value.
+    fn widened(self) -> f32;
+}
+
+macro_rules! elements {
+    ($($t:ty, $load:ident, |$x:ident| $widened:expr;)*) => {
+        $(impl Element for $t {
+            #[inline(always)]
+            unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F32 {
+                // SAFETY: the caller's promise; the half types are their bits.
+                unsafe { s.$load(p.cast()) }
+            }
+            #[inline(always)]
+            fn widened(self) -> f32 {
+                let $x = self;
+                $widened
+            }
+        })*
+    };
+}
+
+elements! {
+    f32, load_ptr, |x| x;
+    f16, load_f16, |x| x.to_f32();
+    bf16, load_bf16, |x| x.to_f32();
+    i8, load_i8, |x| f32::from(x);
+}
+
+/// Rows ahead of the one being widened that are asked for: about the time of a memory access.
+const AHEAD: usize = 16;
+
+/// Widens rows, a tight loop over their vectors; times a scale per row, where there are `scales`.
+#[inline(always)]
+fn widen<S: Simd, T: Element>(
+    s: S,
+    from: &TensorRef<'_, T>,
+    scales: Option<&TensorRef<'_, f32>>,
+    [batch, head, position]: [usize; 3],
+    count: usize,
+    to: &mut [f32],
+) {
+    let dim = from.shape()[3];
+    if count == 0 || dim == 0 {
+        return;
+    }
+    // The last row exists, and with it all before.
+    debug_assert!(position + count <= from.shape()[2]);
+    let (first, stride) = (from.row_ptr(batch, head, position), from.position_stride());
+    let whole = dim / S::LANES * S::LANES;
+    for (i, to) in to.chunks_exact_mut(dim).take(count).enumerate() {
+        let row = first.wrapping_offset(i as isize * stride);
+        let later = first.wrapping_offset((i + AHEAD) as isize * stride).cast::<u8>();
+        for at in (0..dim * size_of::<T>()).step_by(64) {
+            s.prefetch(later.wrapping_add(at).cast());
+        }
+        if let Some(scales) = scales {
+            let scale = s.splat(scales.row(batch, head, position + i)[0]);
+            for at in (0..whole).step_by(S::LANES) {
+                // SAFETY: `LANES` values lie from `at` on in the row and in `to`.
+                unsafe { s.store_ptr(s.mul(scale, T::load(s, row.add(at))), to.as_mut_ptr().add(at)) };
+            }
+            for (at, to) in to.iter_mut().enumerate().skip(whole) {
+                // SAFETY: `at` is below the dim.
+                *to = scales.row(batch, head, position + i)[0] * unsafe { *row.add(at) }.widened();
+            }
+            continue;
+        }
+        for at in (0..whole).step_by(S::LANES) {
+            // SAFETY: as above.
+            unsafe { s.store_ptr(T::load(s, row.add(at)), to.as_mut_ptr().add(at)) };
+        }
+        for (at, to) in to.iter_mut().enumerate().skip(whole) {
+            // SAFETY: `at` is below the dim.
+            *to = unsafe { *row.add(at) }.widened();
+        }
+    }
+}
+
+/// `scale (x - zero)` in place.
+#[inline(always)]
+fn scale<S: Simd>(s: S, scale: f32, zero: f32, values: &mut [f32]) {
+    let mut chunks = values.chunks_exact_mut(S::LANES);
+    for x in &mut chunks {
+        s.store(s.mul(s.splat(scale), s.sub(s.load(x), s.splat(zero))), x);
+    }
+    for x in chunks.into_remainder() {
+        *x = scale * (*x - zero);
     }
 }
 

@@ -252,6 +252,15 @@ impl<'a, T> TensorRef<'a, T> {
     pub(crate) fn position_stride(&self) -> isize {
         self.geometry.strides[2]
     }
+
+    /// Position `position` of all batches, as the positions of one batch: (1, heads, batch, dim).
+    pub(crate) fn across_batches(&self, position: usize) -> Self {
+        let Geometry { shape: [batch, heads, _, dim], strides: [batch_stride, head_stride, position_stride] } =
+            self.geometry;
+        let geometry = Geometry { shape: [1, heads, batch, dim], strides: [0, head_stride, batch_stride] };
+        let ptr = self.ptr.wrapping_offset(position as isize * position_stride);
+        Self { ptr, geometry, life: PhantomData }
+    }
 }
 
 impl<'a, T> TensorMut<'a, T> {

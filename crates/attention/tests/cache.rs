@@ -369,7 +369,8 @@ fn appends_that_are_refused_change_nothing() {
                 }
             }
             // Integers with scales are no input.
-            let (values, scales) = (Tensor::<i8>::filled(fits, 0).unwrap(), Tensor::zeros([2, 2, 2, 1]).unwrap());
+            let (values, scales) =
+                (Tensor::<i8>::filled(fits, 0).unwrap(), Tensor::zeros([2, 2, 2, 1]).unwrap());
             let bytes = Int8Ref::new(values.view(), scales.view(), None).unwrap();
             let error = cache.append(bytes, good.view()).unwrap_err();
             assert_eq!(error.to_string(), "key: int8, expected f32, f16 or bf16");

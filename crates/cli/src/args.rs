@@ -1,13 +1,14 @@
 //! The command line: what can be asked, with the help that explains it.
 //!
 //! Options of one meaning have one definition: [`Common`] for every subcommand, [`Sizes`] for those that compute on
-//! tensors. Everything is checked here as far as the words alone allow; what depends on other words, on the machine or
+//! tensors; those of [`DecodeArgs`] mean something else, a cache. Everything is checked here as far as the words alone allow; what depends on other words, on the machine or
 //! on a file is checked where it is used.
 
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use qkv::cache::Storage;
 use qkv::simd::IsaKind;
 
 const OVERVIEW: &str = "\
@@ -16,6 +17,7 @@ Examples:
   qkv compare --shape 1,12,1024,64        on random input of that shape
   qkv compare --input mine.safetensors    on your own q, k and v
   qkv bench --quick --json                throughput for scripts
+  qkv bench decode                        one step of decoding over a cache, in four storage types
   qkv walkthrough --sentence \"to be or not to be\"
 
 Exit code: 0 done, 1 a comparison failed its tolerance, 2 bad arguments or bad input.
@@ -70,6 +72,8 @@ pub(crate) enum Command {
     /// Without --shape sweeps lengths 128 to 4096 and head dims 32, 64 and 128 of a model of width 768, full and
     /// causal, in f32. Every round measures the machine's peak and then each variant, so that both see the same
     /// machine; the medians are shown. Causal FLOP are those of visible scores.
+    ///
+    /// `qkv bench decode` measures steps of decoding instead; `qkv bench decode --help` explains it.
     #[command(after_help = BENCH)]
     Bench(BenchArgs),
     /// Compare speed, error and memory with the naive reference.
@@ -104,7 +108,15 @@ Examples:
   qkv bench
   qkv bench --quick
   qkv bench --shape 1,32,2048,128 --kv-heads 8 --causal
-  qkv bench --shape 8,12,128,64 --shape 32,12,128,32 --repeat 15 --json";
+  qkv bench --shape 8,12,128,64 --shape 32,12,128,32 --repeat 15 --json
+  qkv bench decode --quick";
+
+const DECODE: &str = "\
+Examples:
+  qkv bench decode
+  qkv bench decode --quick --json
+  qkv bench decode --shape 1,32,8192,128 --kv-heads 8 --storage bf16,int8
+  qkv bench decode --shape 4,32,2048,128 --kv-heads 8 --queries 4 --repeat 21";
 
 const COMPARE: &str = "\
 Examples:
@@ -121,7 +133,7 @@ Examples:
   qkv walkthrough --dim 8 --json";
 
 /// Sizes of random input, and how to measure: for `bench` and `compare`.
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Default, PartialEq)]
 pub(crate) struct Sizes {
     /// Random input of this shape: batch, heads, length, head dim. May be given several times.
     ///
@@ -158,7 +170,7 @@ pub(crate) struct Sizes {
 impl Sizes {
     /// Rounds of each measurement.
     pub(crate) fn rounds(&self) -> usize {
-        self.repeat.unwrap_or(if self.quick { 3 } else { 7 })
+        rounds(self.repeat, self.quick)
     }
 
     /// Which masks to compute: `true` is causal.
@@ -167,10 +179,130 @@ impl Sizes {
     }
 }
 
+fn rounds(repeat: Option<usize>, quick: bool) -> usize {
+    repeat.unwrap_or(if quick { 3 } else { 7 })
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<BenchCommand>,
     #[command(flatten)]
     pub(crate) sizes: Sizes,
+}
+
+/// What else to measure.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Measure one step of decoding over a cache of keys and values.
+    ///
+    /// In a step every head has one new query row (--queries: a few) that attends to all keys of its sequence, so
+    /// reading the keys and values is what takes the time. Without --shape: batch 1 with 32 heads over 8 key/value heads
+    /// and 8192 keys, batch 8 with 32 heads over 8 and 1024 keys, and batch 1 with 32 heads over 32 and 4096 keys, all of
+    /// head dim 128; each stored as f32, bf16, f16 and int8 (one scale per key and head), and the first also as f32 in
+    /// pages of 16 tokens, in no order, as a pool has them that has been used for a while.
+    ///
+    /// Shown are the time of a step, tokens/s (batch times queries over the time) and GB/s (bytes of all keys and values,
+    /// scales among them, over the time). The roofline is the time that a step takes at least: the larger of its bytes
+    /// over the bandwidth of reading memory and its FLOP, 2 (key dim + value dim) for each visible score, over the peak of
+    /// multiply-adds. Both are measured before and after each row's turn, with the same threads; medians of the
+    /// rounds are shown.
+    ///
+    /// A cache smaller than the L3 cache would be read from there, where no model finds it: its weights have passed
+    /// through since the last step. So each step reads another copy, of as many as make at least twice the L3 cache (and
+    /// at least 64 MiB, at most 1 GiB, where one copy is not more); the bandwidth is that of a buffer of their size.
+    #[command(after_help = DECODE)]
+    Decode(DecodeArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DecodeArgs {
+    /// A cache of this shape: batch, query heads, keys, head dim. May be given several times.
+    ///
+    /// Values are random, the same on every machine. Example: --shape 1,32,8192,128
+    #[arg(long, value_name = "B,H,KEYS,D")]
+    pub(crate) shape: Vec<ShapeArg>,
+
+    /// Key/value heads of the given shapes; they must divide the heads (grouped-query attention).
+    ///
+    /// Example: --shape 1,32,8192,128 --kv-heads 8
+    #[arg(long, value_name = "N", requires = "shape")]
+    pub(crate) kv_heads: Option<usize>,
+
+    /// What keys and values are stored as: some of f32, bf16, f16 and int8, with commas between them.
+    ///
+    /// Example: --storage bf16,int8
+    #[arg(
+        long,
+        value_name = "LIST",
+        value_delimiter = ',',
+        default_value = "f32,bf16,f16,int8",
+        hide_possible_values = true
+    )]
+    pub(crate) storage: Vec<StorageArg>,
+
+    /// New query rows of each head, as in speculative decoding; they are the last tokens of the cache.
+    ///
+    /// Each sees the keys up to its own. Example: --queries 4
+    #[arg(long, value_name = "N", default_value = "1", value_parser = at_most::<4096>)]
+    pub(crate) queries: usize,
+
+    /// Rounds of each measurement, of which the median counts [default: 7, with --quick 3].
+    ///
+    /// A round repeats steps until they fill some tens of milliseconds. Example: --repeat 21
+    #[arg(long, value_name = "N", value_parser = at_most::<10_000>)]
+    pub(crate) repeat: Option<usize>,
+
+    /// A shorter run: fewer rounds, and caches of a quarter of the keys, where no --shape is given.
+    ///
+    /// Example: qkv bench decode --quick
+    #[arg(long)]
+    pub(crate) quick: bool,
+}
+
+impl DecodeArgs {
+    /// Rounds of each measurement.
+    pub(crate) fn rounds(&self) -> usize {
+        rounds(self.repeat, self.quick)
+    }
+}
+
+/// What `--storage` names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum StorageArg {
+    F32,
+    Bf16,
+    F16,
+    Int8,
+}
+
+impl StorageArg {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+            Self::Int8 => "int8",
+        }
+    }
+
+    pub(crate) fn storage(self) -> Storage {
+        match self {
+            Self::F32 => Storage::F32,
+            Self::Bf16 => Storage::Bf16,
+            Self::F16 => Storage::F16,
+            Self::Int8 => Storage::Int8 { group: None, zero_point: false },
+        }
+    }
+
+    /// Bytes of a row of a cache, its scale among them.
+    pub(crate) fn row_bytes(self, dim: f64) -> f64 {
+        match self {
+            Self::F32 => 4.0 * dim,
+            Self::Bf16 | Self::F16 => 2.0 * dim,
+            Self::Int8 => dim + 4.0,
+        }
+    }
 }
 
 #[derive(Args, Debug)]
@@ -273,16 +405,18 @@ mod tests {
 
     #[test]
     fn every_option_explains_itself_with_an_example() {
-        let mut root = Cli::command();
-        root.build();
-        for command in root.get_subcommands().filter(|command| command.get_name() != "help") {
+        fn check(command: &clap::Command) {
             for arg in
                 command.get_arguments().filter(|arg| !matches!(arg.get_id().as_str(), "help" | "version"))
             {
                 let help = arg.get_long_help().map(ToString::to_string).unwrap_or_default();
                 assert!(help.contains("Example: "), "{} {}: {help}", command.get_name(), arg.get_id());
             }
+            command.get_subcommands().filter(|command| command.get_name() != "help").for_each(check);
         }
+        let mut root = Cli::command();
+        root.build();
+        root.get_subcommands().filter(|command| command.get_name() != "help").for_each(check);
     }
 
     #[test]

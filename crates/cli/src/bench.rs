@@ -7,7 +7,7 @@
 use qkv::{AttentionSpec, Causal, Shape};
 use serde::Serialize;
 
-use crate::args::{BenchArgs, ShapeArg};
+use crate::args::{ShapeArg, Sizes};
 use crate::input::{Input, random};
 use crate::measure::{Timing, Variant, interleaved, median, round_seconds, shape_of};
 use crate::output::{Grid, Progress, Tone, paragraph, seconds_text, three_digits};
@@ -53,8 +53,7 @@ pub(crate) struct ShapeFields {
     value_dim: usize,
 }
 
-pub(crate) fn run(args: &BenchArgs, context: &Context) -> Result<Report, Failure> {
-    let sizes = &args.sizes;
+pub(crate) fn run(sizes: &Sizes, context: &Context) -> Result<Report, Failure> {
     let (rounds, masks) = (sizes.rounds(), sizes.masks());
     let shapes = if sizes.shape.is_empty() { sweep(sizes.quick) } else { sizes.shape.clone() };
     let mut rows = Vec::new();

@@ -224,14 +224,14 @@ pub(crate) fn random(shape: ShapeArg, kv_heads: Option<usize>) -> Result<Input, 
 /// Random numbers with mean 0 and variance 1, uniform between plus and minus the root of 3: the generator SplitMix64
 /// (Steele, Lea and Flood 2014), of which the upper 24 bits are used. The same on every machine.
 #[derive(Debug)]
-struct Uniform(u64);
+pub(crate) struct Uniform(u64);
 
 impl Uniform {
-    fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    fn next(&mut self) -> f32 {
+    pub(crate) fn next(&mut self) -> f32 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

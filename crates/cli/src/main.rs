@@ -1,7 +1,7 @@
 //! The program `qkv`: what the library does on this machine, for people and (`--json`) for scripts.
 //!
 //! It translates and shows, it computes nothing of its own: attention, the references and the probes are the library's.
-//! One file per subcommand ([`info`], [`mod@bench`], [`compare`], [`walkthrough`]), and beside them what they share:
+//! One file per subcommand ([`info`], [`mod@bench`], [`decode`], [`compare`], [`walkthrough`]), and beside them what they share:
 //! the command line ([`args`]), where tensors come from ([`input`]), timing ([`measure`]), errors against the exact
 //! result ([`accuracy`]), bytes ([`memory`]) and tables ([`output`]).
 //!
@@ -12,6 +12,7 @@ mod accuracy;
 mod args;
 mod bench;
 mod compare;
+mod decode;
 mod info;
 mod input;
 mod measure;
@@ -25,11 +26,12 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 use qkv::AttentionError;
+use qkv::cache::CacheError;
 use qkv::probe::ProbeError;
 use qkv::simd::{Isa, IsaError};
 use serde::Serialize;
 
-use crate::args::{Cli, Command, Common, CompareArgs, Sizes};
+use crate::args::{BenchCommand, Cli, Command, Common, CompareArgs, Sizes};
 
 /// A comparison failed its tolerance.
 const FAILED: u8 = 1;
@@ -60,7 +62,14 @@ fn run(cli: Cli) -> Result<Report, Failure> {
     let context = Context::new(&cli.common)?;
     match cli.command.unwrap_or(Command::Compare(CompareArgs::plain())) {
         Command::Info => info::run(&context),
-        Command::Bench(args) => bench::run(&args, &context),
+        Command::Bench(args) => match &args.command {
+            None => bench::run(&args.sizes, &context),
+            // Clap could refuse these, but would refuse the common options with them.
+            Some(_) if args.sizes != Sizes::default() => Err(Failure::new(
+                "the options of bench decode come after decode (see qkv bench decode --help)",
+            )),
+            Some(BenchCommand::Decode(args)) => decode::run(args, &context),
+        },
         Command::Compare(args) => compare::run(&args, &context),
         Command::Walkthrough(args) => walkthrough::run(&args, &context),
     }
@@ -69,8 +78,7 @@ fn run(cli: Cli) -> Result<Report, Failure> {
 impl CompareArgs {
     /// As without any option.
     fn plain() -> Self {
-        let sizes = Sizes { shape: Vec::new(), kv_heads: None, causal: false, repeat: None, quick: false };
-        Self { input: None, prefix: None, sizes }
+        Self { input: None, prefix: None, sizes: Sizes::default() }
     }
 }
 
@@ -153,6 +161,12 @@ impl fmt::Display for Failure {
 
 impl From<AttentionError> for Failure {
     fn from(error: AttentionError) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl From<CacheError> for Failure {
+    fn from(error: CacheError) -> Self {
         Self(error.to_string())
     }
 }

@@ -64,14 +64,19 @@ impl<'a> Variant<'a> {
     pub(crate) fn out(&self) -> &Tensor {
         &self.out
     }
+}
 
-    /// How often to call it in a round; takes one call to find out.
-    fn repetitions(&mut self) -> Result<usize, Failure> {
-        let start = Instant::now();
-        self.call()?;
-        let once = start.elapsed().as_nanos().max(1);
-        Ok(usize::try_from(ROUND.as_nanos().div_ceil(once)).unwrap_or(1).clamp(1, 1_000_000))
-    }
+/// How often to make a call in a round; makes it once to find out.
+pub(crate) fn repetitions<E: Into<Failure>>(call: impl FnOnce() -> Result<(), E>) -> Result<usize, Failure> {
+    let start = Instant::now();
+    call().map_err(Into::into)?;
+    let once = start.elapsed().as_nanos().max(1);
+    Ok(usize::try_from(ROUND.as_nanos().div_ceil(once)).unwrap_or(1).clamp(1, 1_000_000))
+}
+
+/// How the machine is probed beside the work.
+pub(crate) fn probe_options() -> ProbeOptions {
+    ProbeOptions::new().with_threads(rayon::current_num_threads()).with_rounds(1).with_round(PROBE)
 }
 
 /// The sizes of a call.
@@ -101,10 +106,10 @@ pub(crate) fn interleaved(
     progress: &mut Progress,
     mut between: impl FnMut(usize),
 ) -> Result<Vec<Timing>, Failure> {
-    let repetitions = variants.iter_mut().map(Variant::repetitions).collect::<Result<Vec<_>, _>>()?;
+    let repetitions =
+        variants.iter_mut().map(|variant| repetitions(|| variant.call())).collect::<Result<Vec<_>, _>>()?;
     let mut samples: Vec<Vec<[f64; 4]>> = vec![Vec::with_capacity(rounds); variants.len()];
-    let probe =
-        ProbeOptions::new().with_threads(rayon::current_num_threads()).with_rounds(1).with_round(PROBE);
+    let probe = probe_options();
     for round in 0..rounds {
         let mut peak_before = fma_peak(&probe)?;
         for ((variant, &repetitions), samples) in variants.iter_mut().zip(&repetitions).zip(&mut samples) {

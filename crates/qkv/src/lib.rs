@@ -22,11 +22,13 @@
 
 pub mod probe;
 
+pub use half::{bf16, f16};
 pub use qkv_attention::{
     Argument, AttentionError, AttentionSpec, Bias, BlockCounts, BlockMask, Broadcast, Causal, Data, DataMut,
-    Explanation, HalfKind, Int8Ref, Outputs, Packed, PagedRef, Plan, QueryRotary, Selection, Shape, T5Bias,
-    Tensor, TensorError, TensorMut, TensorRef, Window, attention, attention_into, attention_packed,
-    attention_weights, attention_with_lse, attention_with_rule, explain, merge, reference, rotary, rule,
+    Explanation, HalfKind, Int8Ref, KeysValues, Outputs, Packed, PagedRef, Plan, QueryRotary, Selection,
+    Shape, T5Bias, Tensor, TensorError, TensorMut, TensorRef, Window, attention, attention_cascade,
+    attention_into, attention_packed, attention_paged, attention_weights, attention_with_lse,
+    attention_with_rule, cache, explain, merge, reference, rotary, rule,
 };
 pub use qkv_gemm as gemm;
 pub use qkv_simd as simd;
