@@ -119,7 +119,7 @@ fn check_spec(shape: &Shape, spec: &AttentionSpec<'_>) -> Result<(), AttentionEr
             count("rotary.positions", positions.len(), shape.batch * shape.query_len)?;
         }
         if let Some(index) = positions.iter().position(|&p| p >= table.max_length()) {
-            let (given, limit) = (positions[index], table.max_length() - 1);
+            let (given, limit) = (positions[index], table.max_length().saturating_sub(1));
             return Err(AttentionError::Beyond { argument: "rotary.positions", index, given, limit });
         }
     }

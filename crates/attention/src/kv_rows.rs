@@ -61,7 +61,7 @@ impl<'a> KvRows<'a> {
         Some((row, tensor.position_stride()))
     }
 
-    /// Widens the rows of `keys` into `to`, [keys][dim].
+    /// Widens the rows of `keys` into `to`, [keys][dim]; `asks_ahead`: and asks for those that follow.
     #[inline(always)]
     pub(crate) fn copy<S: Simd>(
         &self,
@@ -70,6 +70,7 @@ impl<'a> KvRows<'a> {
         head: usize,
         keys: &Range<usize>,
         to: &mut [f32],
+        asks_ahead: bool,
     ) {
         let dim = self.data.shape()[3];
         if dim == 0 {
@@ -80,9 +81,32 @@ impl<'a> KvRows<'a> {
             let (place, run) = self.place(segment, head, key);
             let count = run.min(keys.end - key);
             let to = &mut to[(key - keys.start) * dim..][..count * dim];
-            self.data.widen_rows(s, place, count, to);
+            self.data.widen_rows(s, place, count, to, asks_ahead);
             key += count;
         }
+    }
+
+    /// The address of each row of `keys`, whatever it consists of, and its bytes (without scales).
+    #[inline(always)]
+    pub(crate) fn memory(
+        &self,
+        segment: &Segment,
+        head: usize,
+        keys: &Range<usize>,
+        to: &mut [*const u8],
+    ) -> usize {
+        let (mut bytes, mut key, mut rows) = (0, keys.start, to.iter_mut());
+        while key < keys.end {
+            let (place, run) = self.place(segment, head, key);
+            let count = run.min(keys.end - key);
+            let (first, stride, size) = self.data.row_memory(place);
+            bytes = size;
+            for (i, row) in rows.by_ref().take(count).enumerate() {
+                *row = first.wrapping_offset(i as isize * stride);
+            }
+            key += count;
+        }
+        bytes
     }
 
     /// The address of each row of `keys`, which must be f32.

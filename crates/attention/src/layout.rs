@@ -49,7 +49,7 @@ impl Layout {
         let values = part(MAX_KEY_BLOCK * dv);
         let bits = part(MAX_KEY_BLOCK.div_ceil(WORD) * nr);
         let bias = part(if plan.has_panels { MAX_KEY_BLOCK * nr } else { 0 });
-        let wide_keys = part(if plan.copies[0] { MAX_KEY_BLOCK * dk } else { 0 });
+        let wide_keys = part(if plan.copies != [false; 2] { MAX_KEY_BLOCK * dk.max(dv) } else { 0 });
         let wide_values = part(if plan.copies[1] { MAX_KEY_BLOCK * dv } else { 0 });
         let slots = part(if plan.has_own_slots() { MAX_PARTS * plan.slot() } else { 0 });
         Self { outputs, state, scores, rows, values, bits, bias, wide_keys, wide_values, slots, total: end }

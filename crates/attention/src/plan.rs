@@ -178,7 +178,11 @@ impl Plan {
         let most = MAX_ROWS.min(by_memory).min(by_tasks).next_multiple_of(kernel.nr).max(kernel.nr);
         let rows_per_task = even_share(rows, most, kernel.nr);
         let most_parts = match &sequences {
-            Sequences::Batches { .. } => parts(shape.key_len),
+            // Not those of the longest: a longer sequence may have larger and fewer parts.
+            Sequences::Batches { key_lengths: Some(lengths) } => {
+                lengths.iter().map(|&length| parts(length)).max().unwrap_or(1)
+            }
+            Sequences::Batches { key_lengths: None } => parts(shape.key_len),
             Sequences::Packed(all) => all.iter().map(|(s, _)| parts(s.key_len)).max().unwrap_or(1),
         };
         let plan = Self {
@@ -258,7 +262,8 @@ impl Plan {
 
     /// Values of a part's slot: per row a maximum, a sum and an output.
     pub(crate) fn slot(&self) -> usize {
-        self.kernel.nr * (self.shape.value_dim + 2)
+        let rows = self.shape.group() * self.shape.query_len;
+        self.kernel.nr.min(rows) * (self.shape.value_dim + 2)
     }
 
     /// Whether workers need slots of their own.

@@ -233,23 +233,29 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             return;
         }
         self.block = block.clone();
-        let (s, segment, head) = (self.s, &self.task.segment, self.task.kv_head);
-        let sides = [
-            (&self.call.k, &mut self.keys, &mut *self.scratch.wide_keys),
-            (&self.call.v, &mut self.values, &mut *self.scratch.wide_values),
-        ];
-        for (rows, at, wide) in sides {
-            *at = if let Some((ptr, stride)) = rows.in_place(segment, head, block.start) {
-                BlockRows { ptr, stride }
-            } else if FEW && rows.is_in_place() {
-                BlockRows::NONE
-            } else {
-                let dim = rows.data.shape()[3];
-                let wide = &mut wide[..block.len() * dim];
-                rows.copy(s, segment, head, block, wide);
-                BlockRows { ptr: wide.as_ptr(), stride: dim as isize }
-            };
+        self.keys = self.rows_of_block(&self.call.k);
+        // Few rows bring values in when the scores are done, in the same scratch, so that a block stays in L1.
+        if !FEW {
+            self.values = self.rows_of_block(&self.call.v);
         }
+    }
+
+    /// The rows of the block, of keys or of values: in place, or a copy in scratch.
+    #[inline(always)]
+    fn rows_of_block(&mut self, rows: &KvRows<'_>) -> BlockRows {
+        let (s, segment, head, block) = (self.s, &self.task.segment, self.task.kv_head, &self.block);
+        if let Some((ptr, stride)) = rows.in_place(segment, head, block.start) {
+            return BlockRows { ptr, stride };
+        }
+        if FEW && rows.is_in_place() {
+            return BlockRows::NONE;
+        }
+        let dim = rows.data.shape()[3];
+        let of_keys = FEW || core::ptr::eq(rows, &raw const self.call.k);
+        let wide = if of_keys { &mut *self.scratch.wide_keys } else { &mut *self.scratch.wide_values };
+        let wide = &mut wide[..block.len() * dim];
+        rows.copy(s, segment, head, block, wide, true);
+        BlockRows { ptr: wide.as_ptr(), stride: dim as isize }
     }
 
     /// The value row of a key of the block that is brought in.
@@ -308,6 +314,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         else {
             return;
         };
+        if FEW {
+            self.values = self.rows_of_block(&self.call.v);
+        }
         let seen = self.has_hidden_nan(&keys, &visible, anywhere).then(|| self.copy_finite_values(&keys));
         let (max, sum) = self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR].split_at_mut(Self::NR);
         let scores = &mut self.scratch.scores[..keys.len() * Self::NR];
@@ -411,11 +420,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let tiles = keys.len().div_ceil(MR);
         let ahead =
             self.next_strip(strip, rows, keys).and_then(|(rows, keys)| Ahead::new(spec, &rows, &keys, tiles));
-        let [addresses, value_rows] = if FEW {
-            [self.addresses(&call.k, self.keys, keys), self.addresses(&call.v, self.values, keys)]
-        } else {
-            [[core::ptr::null(); FEW_BLOCK]; 2]
-        };
+        let addresses =
+            if FEW { self.addresses(&call.k, self.keys, keys) } else { [core::ptr::null(); FEW_BLOCK] };
         let panel = if call.plan.has_panels { keys.len() * Self::NR } else { 0 };
         let bias =
             BiasPanel::new(s, spec, rows, keys, (&mut self.scratch.bias[..panel], &mut *self.scratch.rows));
@@ -437,18 +443,20 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             filled = run.end;
         }
         if FEW {
+            // What is widened asks for its rows itself.
+            let mut value_rows = [core::ptr::null(); FEW_BLOCK];
+            let wanted = if call.v.is_in_place() { keys.clone() } else { 0..0 };
+            let bytes = ask_for(&call.v, self.task, wanted, &mut value_rows);
             for run in runs.as_slice() {
                 let mut op = FewScores {
                     queries,
                     dim: dk,
                     count: rows.count,
                     keys: &addresses[run.clone()],
+                    stream: call.k.is_in_place(),
                     scores: &mut scores[run.start * Self::NR..run.end * Self::NR],
                 };
-                let ahead = AheadRows {
-                    rows: if call.v.is_in_place() { &value_rows[run.clone()] } else { &[] },
-                    dim: call.plan.shape.value_dim,
-                };
+                let ahead = AheadRows { rows: &value_rows[run.clone()], bytes };
                 // SAFETY: the keys of the block have rows of `dk` values.
                 unsafe { op.run(s, ahead) };
             }
@@ -524,15 +532,10 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 alpha: started.then_some(&factors),
                 outputs,
             };
-            // The rows of keys of the next block.
             let mut next_rows = [core::ptr::null(); FEW_BLOCK];
-            let next = keys.end..(keys.end + FEW_BLOCK).min(self.task.segment.key_len);
-            let next_rows = &mut next_rows[..next.len()];
-            self.call.k.addresses(&self.task.segment, self.task.kv_head, &next, next_rows);
-            let ahead = AheadRows {
-                rows: if self.call.k.is_in_place() { next_rows } else { &[] },
-                dim: self.call.plan.shape.key_dim,
-            };
+            let next = if self.call.k.is_in_place() { keys.end..keys.end + FEW_BLOCK } else { 0..0 };
+            let bytes = ask_for(&self.call.k, self.task, next, &mut next_rows);
+            let ahead = AheadRows { rows: &next_rows, bytes };
             // SAFETY: the keys of the block have value rows of `dv` values.
             unsafe { op.run(s, ahead) };
             return;
@@ -548,6 +551,14 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         };
         for_row_tiles::<MR, _>(dv, &mut op);
     }
+}
+
+/// The addresses of the rows of `keys`, as far as there are any, and the bytes of each.
+#[inline(always)]
+fn ask_for(rows: &KvRows<'_>, task: &Task, keys: Range<usize>, to: &mut [*const u8; FEW_BLOCK]) -> usize {
+    let end = task.segment.key_len;
+    let keys = keys.start.min(end)..keys.end.min(end);
+    rows.memory(&task.segment, task.kv_head, &keys, &mut to[..keys.len()])
 }
 
 /// What [`Worker::block_scores`] has left in the scratch.

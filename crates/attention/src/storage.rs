@@ -67,7 +67,7 @@ impl<'a> Int8Ref<'a> {
             let [.., groups] = beside.shape();
             let fits = beside.shape()[..3] == values.shape()[..3]
                 && (dim == 0 || groups > 0 && dim.is_multiple_of(groups));
-            if !fits || zeros.is_some_and(|zeros| zeros.shape()[3] != scales.shape()[3]) {
+            if !fits || groups != scales.shape()[3] {
                 return Err(TensorError::ScalesDoNotFit { scales: beside.shape(), values: values.shape() });
             }
         }
@@ -141,6 +141,17 @@ impl Data<'_> {
         }
     }
 
+    /// Where a row begins, bytes from one position to the next, and bytes of a row without its scales.
+    #[inline(always)]
+    pub(crate) fn row_memory(&self, [batch, head, position]: [usize; 3]) -> (*const u8, isize, usize) {
+        match self {
+            Data::F32(x) => x.row_memory(batch, head, position),
+            Data::F16(x) => x.row_memory(batch, head, position),
+            Data::Bf16(x) => x.row_memory(batch, head, position),
+            Data::Int8(x) => x.values.row_memory(batch, head, position),
+        }
+    }
+
     /// Position `position` of all batches, as the positions of one batch: (1, heads, batch, dim).
     pub(crate) fn across_batches(&self, position: usize) -> Self {
         match self {
@@ -185,7 +196,7 @@ impl Data<'_> {
         }
     }
 
-    /// Widens `count` rows from (batch, head, position) on into `to`, [count][dim].
+    /// Widens `count` rows from (batch, head, position) on into `to`, [count][dim]; `asks_ahead`: and asks for those that follow.
     #[inline(always)]
     pub(crate) fn widen_rows<S: Simd>(
         &self,
@@ -193,18 +204,19 @@ impl Data<'_> {
         [batch, head, position]: [usize; 3],
         count: usize,
         to: &mut [f32],
+        asks_ahead: bool,
     ) {
         let dim = self.shape()[3];
         debug_assert_eq!(to.len(), count * dim);
         match self {
-            Data::F32(x) => widen(s, x, None, [batch, head, position], count, to),
-            Data::F16(x) => widen(s, x, None, [batch, head, position], count, to),
-            Data::Bf16(x) => widen(s, x, None, [batch, head, position], count, to),
+            Data::F32(x) => widen(s, x, None, [batch, head, position], count, (to, asks_ahead)),
+            Data::F16(x) => widen(s, x, None, [batch, head, position], count, (to, asks_ahead)),
+            Data::Bf16(x) => widen(s, x, None, [batch, head, position], count, (to, asks_ahead)),
             Data::Int8(x) if x.zeros.is_none() && x.scales.shape()[3] == 1 => {
-                widen(s, &x.values, Some(&x.scales), [batch, head, position], count, to);
+                widen(s, &x.values, Some(&x.scales), [batch, head, position], count, (to, asks_ahead));
             }
             Data::Int8(x) => {
-                widen(s, &x.values, None, [batch, head, position], count, to);
+                widen(s, &x.values, None, [batch, head, position], count, (to, asks_ahead));
                 let groups = x.scales.shape()[3];
                 for (i, row) in to.chunks_exact_mut(dim.max(1)).enumerate() {
                     let scales = x.scales.row(batch, head, position + i);
@@ -269,7 +281,7 @@ fn widen<S: Simd, T: Element>(
     scales: Option<&TensorRef<'_, f32>>,
     [batch, head, position]: [usize; 3],
     count: usize,
-    to: &mut [f32],
+    (to, asks_ahead): (&mut [f32], bool),
 ) {
     let dim = from.shape()[3];
     if count == 0 || dim == 0 {
@@ -281,9 +293,11 @@ fn widen<S: Simd, T: Element>(
     let whole = dim / S::LANES * S::LANES;
     for (i, to) in to.chunks_exact_mut(dim).take(count).enumerate() {
         let row = first.wrapping_offset(i as isize * stride);
-        let later = first.wrapping_offset((i + AHEAD) as isize * stride).cast::<u8>();
-        for at in (0..dim * size_of::<T>()).step_by(64) {
-            s.prefetch(later.wrapping_add(at).cast());
+        if asks_ahead {
+            let later = first.wrapping_offset((i + AHEAD) as isize * stride).cast::<u8>();
+            for at in (0..dim * size_of::<T>()).step_by(64) {
+                s.prefetch_l2(later.wrapping_add(at).cast());
+            }
         }
         if let Some(scales) = scales {
             let scale = s.splat(scales.row(batch, head, position + i)[0]);

@@ -122,7 +122,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 let to = &mut staged[lane * dk..][..dk];
                 if lane < rows.count {
                     let position = first + rows.query(lane);
-                    self.call.q.widen_rows(s, [batch, rows.head(lane), position], 1, to);
+                    self.call.q.widen_rows(s, [batch, rows.head(lane), position], 1, to, false);
                     if let Some(rotary) = &self.call.spec.rotary {
                         rotary.rotate(rows.segment.index, position, self.call.plan.shape.query_len, to);
                     }

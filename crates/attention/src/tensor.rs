@@ -253,6 +253,14 @@ impl<'a, T> TensorRef<'a, T> {
         self.geometry.strides[2]
     }
 
+    /// Where a row begins, bytes from one position to the next, and bytes of a row.
+    #[inline(always)]
+    pub(crate) fn row_memory(&self, batch: usize, head: usize, position: usize) -> (*const u8, isize, usize) {
+        let size = size_of::<T>();
+        let stride = self.position_stride() * size as isize;
+        (self.row_ptr(batch, head, position).cast(), stride, size * self.geometry.shape[3])
+    }
+
     /// Position `position` of all batches, as the positions of one batch: (1, heads, batch, dim).
     pub(crate) fn across_batches(&self, position: usize) -> Self {
         let Geometry { shape: [batch, heads, _, dim], strides: [batch_stride, head_stride, position_stride] } =

@@ -194,4 +194,10 @@ pub trait Simd: sealed::Sealed + Copy + Send + Sync + Debug + 'static {
     fn prefetch(self, p: *const f32) {
         let _ = p;
     }
+    /// Asks for the cache line at `p` to be brought into L2: for streams, of which more can be under way there than on the
+    /// way to L1. Any address is allowed.
+    #[inline(always)]
+    fn prefetch_l2(self, p: *const f32) {
+        let _ = p;
+    }
 }

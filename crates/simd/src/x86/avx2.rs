@@ -233,7 +233,13 @@ impl Simd for Avx2 {
                     let sums = _mm_add_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps::<1>(low));
                     _mm256_castps128_ps256(sums)
                 }
-                [a, ..] => _mm256_set1_ps(self.reduce_add(a)),
+                // In the order of the others, so that a row's sum does not depend on its company.
+                [a, ..] => {
+                    let low = _mm256_hadd_ps(a, a);
+                    let low = _mm256_hadd_ps(low, low);
+                    let sums = _mm_add_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps::<1>(low));
+                    _mm256_castps128_ps256(sums)
+                }
                 [] => _mm256_setzero_ps(),
             }
         })
@@ -275,5 +281,10 @@ impl Simd for Avx2 {
     fn prefetch(self, p: *const f32) {
         // SAFETY: a prefetch never faults, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_l2(self, p: *const f32) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 }
