@@ -95,7 +95,29 @@ pub fn attention_into<'a>(
     spec: &AttentionSpec<'_>,
     outputs: Outputs<'_>,
 ) -> Result<(), AttentionError> {
-    attention_with_rule(q, k, v, spec, NoRule, outputs)
+    into_plain([q.into(), k.into(), v.into()], spec, outputs)
+}
+
+/// [`attention_into`], not generic, so that the kernels are compiled here and not again in every crate that calls it.
+fn into_plain(
+    [q, k, v]: [Data<'_>; 3],
+    spec: &AttentionSpec<'_>,
+    outputs: Outputs<'_>,
+) -> Result<(), AttentionError> {
+    let shape = check_inputs(q.shape(), k.shape(), v.shape(), spec)?;
+    let sequences = batches(&shape, spec)?;
+    run_plain(q, [KvRows::plain(k), KvRows::plain(v)], spec, outputs, (shape, sequences))
+}
+
+/// [`run`] without a rule, likewise.
+pub(crate) fn run_plain(
+    q: Data<'_>,
+    rows: [KvRows<'_>; 2],
+    spec: &AttentionSpec<'_>,
+    outputs: Outputs<'_>,
+    checked: (Shape, Sequences),
+) -> Result<(), AttentionError> {
+    run(q, rows, spec, NoRule, outputs, checked)
 }
 
 /// [`attention_into`] with a caller's own rule for scores; see [`crate::rule`].

@@ -1,11 +1,10 @@
 //! Sequences of different lengths in one call: packed one after the other, or in the pages of a cache.
 
 use crate::check::{ascending, check_axis, check_inputs, check_per_sequence, count};
-use crate::forward::run;
+use crate::forward::run_plain;
 use crate::interval::Segment;
 use crate::kv_rows::KvRows;
 use crate::plan::{Sequences, Shape};
-use crate::rule::NoRule;
 use crate::{Argument, AttentionError, AttentionSpec, Data, Outputs, PagedRef};
 
 /// Where sequences of different lengths begin and end in a packed batch.
@@ -54,7 +53,7 @@ pub fn attention_packed<'a>(
         (segment, 0)
     });
     let sequences = Sequences::Packed(segments.collect());
-    run(q, [KvRows::plain(k), KvRows::plain(v)], spec, NoRule, outputs, (shape, sequences))
+    run_plain(q, [KvRows::plain(k), KvRows::plain(v)], spec, outputs, (shape, sequences))
 }
 
 /// Attention of sequences whose keys and values lie in pages of a pool: prefill chunks and decode steps side by side, in one
@@ -111,7 +110,7 @@ pub fn attention_paged<'a>(
     });
     let sequences = Sequences::Packed(segments.collect());
     let rows = [keys, values].map(|data| KvRows { data, tables: Some(tables) });
-    run(q, rows, spec, NoRule, outputs, (shape, sequences))
+    run_plain(q, rows, spec, outputs, (shape, sequences))
 }
 
 /// Refuses what has no meaning for a packed batch.

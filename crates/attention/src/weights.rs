@@ -47,7 +47,16 @@ pub fn attention_weights<'a>(
     spec: &AttentionSpec<'_>,
     selection: Selection,
 ) -> Result<Tensor, AttentionError> {
-    let (q, k) = (q.into(), k.into());
+    weights_of(q.into(), k.into(), spec, selection)
+}
+
+/// [`attention_weights`], not generic, so that the kernels are compiled here only.
+fn weights_of(
+    q: Data<'_>,
+    k: Data<'_>,
+    spec: &AttentionSpec<'_>,
+    selection: Selection,
+) -> Result<Tensor, AttentionError> {
     let [batch, kv_heads, key_len, _] = k.shape();
     // No values: the second product has nothing to do.
     let v = TensorRef::<f32>::from_slice(&[], [batch, kv_heads, key_len, 0]).map_err(|_| {
