@@ -23,7 +23,7 @@ pub struct Packed<'a> {
 /// sequence's result has the same bits as if it were computed alone. Sequences of length 0 are valid.
 ///
 /// # Errors
-/// As [`attention_into`]; where the ends do not ascend from 0 to the length; and for masks, biases, key lengths,
+/// As [`crate::attention_into`]; where the ends do not ascend from 0 to the length; and for masks, biases, key lengths,
 /// documents and block masks, which have no meaning here.
 pub fn attention_packed<'a>(
     q: impl Into<Data<'a>>,

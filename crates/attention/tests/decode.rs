@@ -115,7 +115,11 @@ fn decoding_step_by_step_is_prefill() {
                     cache.append(*other, k.view(), v.view()).unwrap();
                     cache.append(*id, k.view(), v.view()).unwrap();
                     let view = cache.view(&[*id]).unwrap();
-                    assert_eq!(paged(&q, &[0, 1], view.as_ref(), &spec), [want.clone()], "{storage:?}");
+                    assert_eq!(
+                        paged(&q, &[0, 1], view.as_ref(), &spec),
+                        std::slice::from_ref(&want),
+                        "{storage:?}"
+                    );
                 }
             }
             if window.is_some() {
