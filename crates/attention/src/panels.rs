@@ -286,8 +286,8 @@ fn masks<S: Simd>(s: S, panel: &[f32]) -> bool {
 /// Lines of masks and biases that the next strip will read: their rows lie too far apart for the hardware to foresee.
 ///
 /// They are asked for a few at a time between the tiles of the first product. All at once they fill the queue of misses,
-/// and the kernel waits for them there as it would have waited later: 1.17 and 1.13 times the time of a call without
-/// bias and mask, spread out 1.10 and 1.10.
+/// and the kernel waits for them there as it would have waited later: 1.19 times the time of a call without
+/// bias, spread out 1.11 (one thread, docs/TUNING.md).
 #[derive(Clone, Copy)]
 pub(crate) struct Ahead {
     mask: Lines,
