@@ -23,6 +23,7 @@ mod panels;
 mod parts;
 mod plan;
 mod prefill;
+mod products;
 pub mod reference;
 pub mod rotary;
 mod row_tiles;

@@ -15,7 +15,6 @@
 
 use core::ops::Range;
 
-use qkv_gemm::tile::{Columns, Rhs, Rows, tile};
 use qkv_gemm::{TileOp, with_scratch};
 use qkv_simd::{Simd, SimdOp};
 
@@ -27,7 +26,8 @@ use crate::online_softmax::{self, SUM_CHAINS};
 use crate::panels::{self, Ahead, BiasPanel, Bits, WORD};
 use crate::parts::Shared;
 use crate::plan::{Plan, Task, key_block};
-use crate::row_tiles::{RowsOp, for_row_tiles};
+use crate::products::{Scores, Upcoming, WeightedSum};
+use crate::row_tiles::for_row_tiles;
 use crate::rule::ScoreRule;
 use crate::runs::Runs;
 use crate::score_ops::{ScorePass, StripLanes, TileOps, Units, relative_position};
@@ -570,108 +570,4 @@ pub(crate) struct BlockScores<F, const NV: usize> {
     max: [F; NV],
     /// Whether any key may be masked for some lane, not only those on the edge of the interval.
     anywhere: bool,
-}
-
-/// The first product: tile rows are keys, lanes are queries. Rows count from the first key as `k` does.
-struct Scores<'w, S: Simd, const NV: usize> {
-    s: S,
-    /// What happens to scores on the tile, if anything.
-    ops: Option<&'w TileOps<'w, S, NV>>,
-    /// Where the run begins that is being computed.
-    base: usize,
-    k: *const f32,
-    k_stride: isize,
-    depth: usize,
-    queries: &'w [f32],
-    scores: &'w mut [f32],
-    max: [S::F32; NV],
-    upcoming: Option<Upcoming>,
-    ahead: Option<Ahead>,
-    bias: &'w BiasPanel<'w>,
-}
-
-/// Value rows that the second product will read: as columns, in steps of a whole row, which the hardware does not
-/// foresee. The first strip that reads a block asks for them in good time, row by row.
-#[derive(Clone, Copy)]
-struct Upcoming {
-    v: *const f32,
-    stride: isize,
-    dim: usize,
-}
-
-impl Upcoming {
-    #[inline(always)]
-    fn prefetch<S: Simd>(&self, s: S, rows: Range<usize>) {
-        for row in rows {
-            for at in (0..self.dim).step_by(16) {
-                s.prefetch(self.v.wrapping_offset(row as isize * self.stride).wrapping_add(at));
-            }
-        }
-    }
-}
-
-impl<S: Simd, const NV: usize> RowsOp for Scores<'_, S, NV> {
-    #[inline(always)]
-    fn run<const ROWS: usize>(&mut self, first: usize) {
-        let (s, nr, first) = (self.s, NV * S::LANES, self.base + first);
-        let lhs = Rows { ptr: self.k.wrapping_offset(first as isize * self.k_stride), stride: self.k_stride };
-        let rhs = Rhs { ptr: self.queries.as_ptr(), stride: nr as isize };
-        debug_assert_eq!(self.queries.len(), self.depth * nr);
-        if let Some(ahead) = &mut self.ahead {
-            ahead.step(s);
-        }
-        if let Some(upcoming) = self.upcoming {
-            upcoming.prefetch(s, first..first + ROWS);
-        }
-        // SAFETY: key rows first..first + ROWS exist and have `depth` values; the packed queries are [depth][nr].
-        let mut acc = unsafe { tile::<S, _, ROWS, NV>(s, self.depth, lhs, rhs) };
-        // Opaque, or the compiler would keep parts of it in registers through the product's loop, which needs them all.
-        if let Some(ops) = core::hint::black_box(self.ops) {
-            ops.apply(s, first, &mut acc, self.bias);
-        }
-        let out = &mut self.scores[first * nr..][..ROWS * nr];
-        for (i, row) in acc.iter().enumerate() {
-            for (v, &score) in row.iter().enumerate() {
-                s.store(score, &mut out[i * nr + v * S::LANES..]);
-                self.max[v] = s.max(score, self.max[v]);
-            }
-        }
-    }
-}
-
-/// The second product: tile rows are value dims, lanes are queries.
-struct WeightedSum<'w, S, const NV: usize> {
-    s: S,
-    v: *const f32,
-    v_stride: isize,
-    keys: usize,
-    weights: &'w [f32],
-    outputs: &'w mut [f32],
-    /// In memory: as vectors they would stay in registers through the products' loop, which needs them all.
-    alpha: Option<&'w [f32; MAX_NR]>,
-}
-
-impl<S: Simd, const NV: usize> RowsOp for WeightedSum<'_, S, NV> {
-    #[inline(always)]
-    fn run<const ROWS: usize>(&mut self, first: usize) {
-        let (s, nr) = (self.s, NV * S::LANES);
-        let lhs = Columns { ptr: self.v.wrapping_add(first), stride: self.v_stride };
-        let rhs = Rhs { ptr: self.weights.as_ptr(), stride: nr as isize };
-        debug_assert_eq!(self.weights.len(), self.keys * nr);
-        // SAFETY: the `keys` value rows have dims first..first + ROWS; the weights are [keys][nr].
-        let acc = unsafe { tile::<S, _, ROWS, NV>(s, self.keys, lhs, rhs) };
-        let out = &mut self.outputs[first * nr..][..ROWS * nr];
-        // Opaque, or the compiler would load the factors before the loop after all.
-        let alpha = core::hint::black_box(self.alpha);
-        for (i, row) in acc.iter().enumerate() {
-            for (v, &sum) in row.iter().enumerate() {
-                let at = &mut out[i * nr + v * S::LANES..];
-                let value = match alpha {
-                    Some(alpha) => s.mul_add(s.load(at), s.load(&alpha[v * S::LANES..]), sum),
-                    None => sum,
-                };
-                s.store(value, at);
-            }
-        }
-    }
 }
