@@ -1,0 +1,12 @@
+from . import flash_attn as flash_attn
+from . import onnx as onnx
+from . import torch as torch
+from . import transformers as transformers
+from ._qkv import __version__ as __version__
+from ._qkv import attention as attention
+from ._qkv import cpu_info as cpu_info
+from ._qkv import matmul as matmul
+from ._qkv import merge_states as merge_states
+from ._qkv import num_threads as num_threads
+from ._qkv import scaled_dot_product_attention as scaled_dot_product_attention
+from ._qkv import set_num_threads as set_num_threads

@@ -1,0 +1,375 @@
+"""The attention of transformers models on qkv.
+
+`register()` adds an attention function and the mask function that goes with it to transformers' tables, under the
+name "qkv". Models then take it by name:
+
+>>> import torch, transformers, qkv.transformers
+>>> qkv.transformers.register()
+>>> config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+...                                   num_attention_heads=4, num_key_value_heads=2)
+>>> model = transformers.LlamaForCausalLM(config).eval()
+>>> model.set_attn_implementation("qkv")
+>>> with torch.no_grad():
+...     model(torch.tensor([[1, 2, 3]])).logits.shape
+torch.Size([1, 3, 64])
+
+What the two functions agree on
+-------------------------------
+The mask function is asked once per forward pass for a pattern (causal, sliding window, padding, or anything else) and
+its answer reaches the attention function of each layer. The answer is one of:
+
+* `None`: nothing is masked but what `is_causal` says, exactly as with transformers' own "sdpa": a module that is causal
+  masks from the upper left if there is more than one query, and a single query sees every key.
+* a `qkv._mask.CompactMask`: an offset, a window and a row of padding. The attention function runs these fused. A
+  model that computes with its mask sees the ordinary boolean mask.
+* an ordinary boolean mask (batch, 1, q_len, kv_len): what cannot be said in those words (packed sequences, chunks,
+  prefixes and images that see both ways, functions of the caller's own), what is traced by `torch.compile` or
+  `torch.export` with padding, and what the model wants filled in. Padding alone is a row that is repeated with
+  stride 0, also when traced.
+
+A mask that the caller made, (.., q_len, kv_len) boolean or float, is the whole truth, as with "eager": `is_causal` and
+`sliding_window` are not added to it. A two-dimensional mask (batch, kv_len) is padding only, as with flash attention:
+causality and window come on top, aligned at the lower right.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, prepare_padding_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_tracing
+
+from ._mask import CompactMask
+from .torch import attention
+
+# Positions came as a tensor before 5.4, and reach the mask function as numbers since.
+if "q_offset" not in inspect.signature(sdpa_mask).parameters:
+    raise ImportError(f"qkv.transformers: transformers {transformers.__version__} is here, expected 5.4 or later")
+
+__all__ = ["attention_forward", "attention_mask", "register"]
+
+# Names with a meaning of their own in transformers: the models ask for them by name, and "paged|", "/", ":" and "@"
+# make it look elsewhere.
+_RESERVED = ("eager", "sdpa", "flash", "flex_attention", "paged")
+
+
+def register(name: str = "qkv") -> None:
+    """Makes `model.set_attn_implementation(name)` and `attn_implementation=name` run attention here.
+
+    Registers the attention function and its mask function together; calling it again changes nothing. Raises
+    `ValueError` for a name that transformers reads in a way of its own.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a str, got {type(name).__name__}")
+    if not name or any(c in name for c in "/|:@") or any(word in name for word in _RESERVED):
+        raise ValueError(
+            f"name: '{name}' was given, expected a name without any of {', '.join(_RESERVED)} and without / | : @, "
+            "which transformers reads in a way of its own"
+        )
+    ALL_ATTENTION_FUNCTIONS.register(name, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, attention_mask)
+
+
+# --- masks -------------------------------------------------------------------------------------------------------
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: Any = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of one forward pass, in the shortest form that says it exactly (see the module's text).
+
+    The arguments are those of `transformers.masking_utils.sdpa_mask`: query i stands at i + q_offset and key j at
+    j + kv_offset, `mask_function(batch, head, query, key)` is the pattern, and `attention_mask` (batch, seen) the
+    padding.
+    """
+
+    def filled_in(may_skip: bool = False) -> Tensor | None:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip and may_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip and may_skip,
+            use_vmap=use_vmap,
+            device=device,
+            **kwargs,
+        )
+
+    # 1. What is traced. Values cannot be read, so neither a static cache's position nor whether there is any padding is
+    #    known, and the mask may cross into a compiled region. transformers' own rules apply; without padding they skip
+    #    a plain causal mask here too, except where keys have left the cache: their test of a chunk's size counts the
+    #    keys that are there, and not where they stand. Padding alone needs no values and stays a row.
+    tracing = is_tracing(attention_mask) or is_tracing(q_offset) or torch._C._len_torch_dispatch_stack() > 0
+    if tracing:
+        if mask_function is masking_utils.bidirectional_mask_function and _is_padding(attention_mask):
+            return _padding_only(batch_size, q_length, kv_length, kv_offset, attention_mask)
+        return filled_in(may_skip=kv_offset == 0)
+
+    # 2. What the model wants filled in: `allow_is_causal_skip` is False where it computes with its mask, where it has
+    #    changed the pattern, and for one query with a static cache, whose mask is a row anyway and enters a graph.
+    pattern = _pattern(mask_function)
+    if pattern is None or not (attention_mask is None or _is_padding(attention_mask)):
+        return filled_in()
+    causal, window, chunk = pattern
+    if not (allow_is_causal_skip if causal else allow_is_bidirectional_skip):
+        return filled_in()
+
+    # 3. Positions. A static cache gives q_offset as a tensor; it is on the CPU and may be read here. Its unfilled keys
+    #    lie behind the last query and are masked by causality, or by the padding that transformers appends for them.
+    offset = int(q_offset) - kv_offset
+    padding = _padding(batch_size, kv_length, kv_offset, attention_mask)
+    if chunk is not None:
+        # Chunks (Llama 4) count from the first token that is not left padding. While everything lies in the first one
+        # the pattern is causal: the keys before it are padding, so they are masked either way.
+        size, left_padding = chunk
+        first = int(left_padding.min()) if left_padding.numel() else 0
+        if int(q_offset) + q_length - first > size:
+            return filled_in()
+    if window is not None:
+        left, right = window
+        # A window that reaches past both ends hides nothing. The lowest position is `offset`, the highest
+        # `offset + q_length - 1`.
+        if left is not None and offset + q_length - 1 - left <= 0:
+            left = None
+        if right is not None and (causal or offset + right >= kv_length - 1):
+            right = None
+        window = (left, right)
+    else:
+        window = (None, None)
+
+    if not causal:
+        if window == (None, None):
+            if padding is None:
+                return None
+            return padding[:, None, None, :].expand(batch_size, 1, q_length, kv_length)
+        if offset != kv_length - q_length:
+            # Without causality the attention function centres a window at the lower right only.
+            return filled_in()
+    # 4. `None` where the attention function reads it as this very pattern: one query that sees every key, or several
+    #    from the upper left.
+    elif (window == (None, None) and padding is None) and (
+        (q_length == 1 and offset >= kv_length - 1) or (q_length > 1 and offset == 0)
+    ):
+        return None
+    return CompactMask(
+        batch_size, q_length, kv_length, offset=offset, causal=causal, window=window, padding=padding, device=device
+    )
+
+
+def _pattern(function: Callable) -> tuple[bool, tuple[int, int] | None, tuple[int, Tensor] | None] | None:
+    """(causal, window, chunk) of a pattern that transformers made from its own parts, or None for any other.
+
+    The parts are closures, told apart by the function that made them; their numbers are read from the closure. What is
+    not recognised for certain (a new part, a changed name, a caller's function) is None, and gets the ordinary mask.
+    """
+    if function is masking_utils.causal_mask_function:
+        return True, None, None
+    if function is masking_utils.bidirectional_mask_function:
+        return False, None, None
+    parts = _closure(function, "and_masks", "and_mask").get("mask_functions")
+    if not isinstance(parts, tuple) or len(parts) != 2:
+        return None
+    overlay, base = parts
+    if base is masking_utils.causal_mask_function:
+        # key > query - size: the query itself and the size - 1 keys before it.
+        size = _closure(overlay, "sliding_window_overlay", "inner_mask").get("sliding_window")
+        if isinstance(size, int) and size >= 1:
+            return True, (size - 1, 0), None
+        chunk = _closure(overlay, "chunked_overlay", "inner_mask")
+        size, left_padding = chunk.get("chunk_size"), chunk.get("left_padding")
+        if isinstance(size, int) and isinstance(left_padding, Tensor):
+            return True, None, (size, left_padding)
+    if base is masking_utils.bidirectional_mask_function:
+        # |query - key| <= size.
+        size = _closure(overlay, "sliding_window_bidirectional_overlay", "inner_mask").get("sliding_window")
+        if isinstance(size, int) and size >= 0:
+            return False, (size, size), None
+    return None
+
+
+def _closure(function: Any, maker: str, inner: str) -> dict:
+    """The captured variables of `inner`, if transformers' `maker` made this function; else nothing."""
+    code = getattr(function, "__code__", None)
+    if (
+        code is None
+        or getattr(function, "__module__", None) != masking_utils.__name__
+        or getattr(function, "__qualname__", None) != f"{maker}.<locals>.{inner}"
+    ):
+        return {}
+    return dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ())))
+
+
+def _is_padding(mask: Any) -> bool:
+    """Whether this is the usual two-dimensional padding mask."""
+    return isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype == torch.bool
+
+
+def _padding_only(batch: int, q_len: int, kv_len: int, kv_offset: int, mask: Tensor) -> Tensor:
+    """The padding as a mask whose rows are one row in memory."""
+    row = prepare_padding_mask(mask, kv_len, kv_offset)[:, kv_offset : kv_offset + kv_len]
+    return row[:, None, None, :].expand(batch, 1, q_len, kv_len)
+
+
+def _padding(batch: int, kv_len: int, kv_offset: int, mask: Tensor | None) -> Tensor | None:
+    """The padding of the keys that are there, bool (batch, kv_len), or None where nothing is padded."""
+    if mask is None:
+        return None
+    row = prepare_padding_mask(mask, kv_len, kv_offset)[:, kv_offset : kv_offset + kv_len]
+    return None if bool(row.all()) else row.expand(batch, kv_len)
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: Any = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    output_attentions: bool | None = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: query (batch, heads, q_len, dk), key and value (batch, kv_heads, kv_len, ..) in, the
+    output (batch, q_len, heads, dv), contiguous, and None for the weights out.
+
+    `NotImplementedError` for dropout, for the weights (`output_attentions`), for continuous batching's paged cache and
+    for a model's selection of keys by index. Other keyword arguments are the model's business between its own parts
+    (`position_ids`, `use_cache`, lengths that flash attention would need) and carry no meaning here.
+    """
+    if dropout:
+        raise NotImplementedError(f"dropout: {dropout} was given; it is not supported yet, expected 0 (model.eval())")
+    if output_attentions:
+        raise NotImplementedError(
+            "output_attentions: the attention weights are never formed, so returning them is not supported; use "
+            "attn_implementation='eager' for them"
+        )
+    if cache is not None:
+        raise NotImplementedError("cache: continuous batching's paged cache is not supported")
+    for name in ("indices", "block_indices"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"{name}: attention to a selection of keys is not supported")
+
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if query.shape[0] != key.shape[0]:
+        # Learned queries with batch 1; stride 0, no copy.
+        batch = max(query.shape[0], key.shape[0])
+        query, key, value = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
+    if isinstance(scaling, Tensor):
+        # A learned scale belongs to the graph.
+        query, scaling = query * scaling, 1.0
+
+    mask, bias, causal, window = _expressed(
+        module, attention_mask, q_len, kv_len, is_causal=is_causal, sliding_window=sliding_window
+    )
+    if position_bias is not None:
+        bias = position_bias if bias is None else position_bias + bias
+    if bias is not None and bias.dtype not in (query.dtype, torch.float32):
+        bias = bias.to(torch.float32)
+    if s_aux is not None:
+        s_aux = s_aux.to(torch.float32)
+
+    # The heads are one axis of a projection's output, so this is its layout in memory: nothing is moved on the way in,
+    # and the output is what the next projection reads.
+    output = attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        layout="bshd",
+        causal=causal,
+        window=window,
+        mask=mask,
+        bias=bias,
+        softcap=softcap,
+        sinks=s_aux,
+        scale=scaling,
+    )
+    return output, None
+
+
+def _expressed(
+    module: torch.nn.Module,
+    mask: Tensor | None,
+    q_len: int,
+    kv_len: int,
+    *,
+    is_causal: bool | None,
+    sliding_window: int | None,
+) -> tuple[Tensor | None, Tensor | None, Any, Any]:
+    """(mask, bias, causal, window) for `qkv.torch.attention`, from the mask and what the module says."""
+    if isinstance(mask, CompactMask):
+        if mask.compact:
+            if (mask.shape[2], mask.shape[3]) != (q_len, kv_len):
+                raise ValueError(
+                    f"attention_mask: shape {tuple(mask.shape)} was given, expected q_len {q_len} and kv_len {kv_len}"
+                )
+            # Without causality the mask function has made sure that the offset is kv_len - q_len, the default.
+            padding = None if mask.padding is None else mask.padding[:, None, None, :]
+            window = None if mask.window == (None, None) else mask.window
+            return padding, None, mask.offset if mask.causal else None, window
+        mask = mask.fill()
+    if mask is not None and mask.dim() != 2:
+        if mask.dtype == torch.bool:
+            return mask, None, None, None
+        return None, mask, None, None
+
+    if is_causal is None:
+        is_causal = _module_is_causal(module)
+    if mask is not None:
+        if mask.shape[1] != kv_len:
+            raise ValueError(f"attention_mask: shape {tuple(mask.shape)} was given, expected (batch, {kv_len})")
+        mask = mask.to(torch.bool)[:, None, None, :]
+        causal = "bottom_right" if is_causal else None
+    else:
+        # As transformers' "sdpa" reads it. A single query sees all; several, with more keys than queries, are the
+        # prompt of a static cache that is still empty, so they are aligned at the upper left.
+        causal = "top_left" if is_causal and q_len > 1 else None
+    window = None
+    if sliding_window is not None:
+        # `sliding_window` counts the query itself, on either side, as with flash attention.
+        window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
+    return mask, None, causal, window
+
+
+def _module_is_causal(module: Any) -> bool:
+    """Whether an attention module is causal by itself.
+
+    Where it does not say (the attribute is missing), it is not: every causal module of transformers says so, and those
+    that do not are text encoders and cross attention.
+    """
+    stated = getattr(module, "is_causal", None)
+    if stated is None:
+        return bool(getattr(getattr(module, "config", None), "is_decoder", False))
+    return bool(stated)
