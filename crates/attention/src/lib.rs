@@ -17,6 +17,8 @@ mod interval;
 mod kv_rows;
 mod layout;
 pub mod merge;
+#[cfg(feature = "ndarray")]
+pub mod ndarray;
 mod online_softmax;
 mod packed;
 mod panels;

@@ -34,6 +34,8 @@ mod error;
 mod gemm;
 mod gemv;
 mod matrix;
+#[cfg(feature = "ndarray")]
+mod ndarray;
 mod pack;
 mod packed;
 pub mod parallel;

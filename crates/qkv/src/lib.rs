@@ -20,6 +20,8 @@
 //! The crate collects what the parts offer: attention and its tensors from `qkv-attention`, matrix products in [`gemm`],
 //! instruction sets in [`simd`].
 
+#[cfg(feature = "ndarray")]
+pub mod ndarray;
 pub mod probe;
 
 pub use half::{bf16, f16};
@@ -32,3 +34,12 @@ pub use qkv_attention::{
 };
 pub use qkv_gemm as gemm;
 pub use qkv_simd as simd;
+
+/// The programs of `docs/`, compiled and run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/RUST.md")]
+struct RustPage;
+
+#[cfg(all(doctest, feature = "ndarray"))]
+#[doc = include_str!("../../../docs/NDARRAY.md")]
+struct NdarrayPage;
