@@ -26,7 +26,6 @@ mod prefill;
 mod products;
 pub mod reference;
 pub mod rotary;
-mod row_tiles;
 pub mod rule;
 mod runs;
 mod score_ops;

@@ -15,7 +15,7 @@
 
 use core::ops::Range;
 
-use qkv_gemm::{TileOp, with_scratch};
+use qkv_gemm::{TileOp, for_row_tiles, with_scratch};
 use qkv_simd::{Simd, SimdOp};
 
 use crate::few_rows::{AheadRows, FEW_BLOCK, FewScores, FewSums};
@@ -27,7 +27,6 @@ use crate::panels::{self, Ahead, BiasPanel, Bits, WORD};
 use crate::parts::Shared;
 use crate::plan::{Plan, Task, key_block};
 use crate::products::{Scores, Upcoming, WeightedSum};
-use crate::row_tiles::for_row_tiles;
 use crate::rule::ScoreRule;
 use crate::runs::Runs;
 use crate::score_ops::{ScorePass, StripLanes, TileOps, Units, relative_position};

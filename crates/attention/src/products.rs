@@ -2,11 +2,12 @@
 
 use core::ops::Range;
 
+use qkv_gemm::RowsOp;
 use qkv_gemm::tile::{Columns, Rhs, Rows, tile};
 use qkv_simd::Simd;
 
 use crate::panels::{Ahead, BiasPanel};
-use crate::row_tiles::RowsOp;
+
 use crate::score_ops::TileOps;
 use crate::strip::MAX_NR;
 
