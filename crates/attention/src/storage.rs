@@ -94,40 +94,24 @@ impl<'a> Int8Ref<'a> {
     }
 }
 
-impl<'a> From<TensorRef<'a, f32>> for Data<'a> {
-    fn from(tensor: TensorRef<'a, f32>) -> Self {
-        Data::F32(tensor)
-    }
+macro_rules! from {
+    ($($View:ty => $Data:ident::$variant:ident;)*) => {
+        $(impl<'a> From<$View> for $Data<'a> {
+            fn from(tensor: $View) -> Self {
+                $Data::$variant(tensor)
+            }
+        })*
+    };
 }
-impl<'a> From<TensorRef<'a, f16>> for Data<'a> {
-    fn from(tensor: TensorRef<'a, f16>) -> Self {
-        Data::F16(tensor)
-    }
-}
-impl<'a> From<TensorRef<'a, bf16>> for Data<'a> {
-    fn from(tensor: TensorRef<'a, bf16>) -> Self {
-        Data::Bf16(tensor)
-    }
-}
-impl<'a> From<Int8Ref<'a>> for Data<'a> {
-    fn from(tensor: Int8Ref<'a>) -> Self {
-        Data::Int8(tensor)
-    }
-}
-impl<'a> From<TensorMut<'a, f32>> for DataMut<'a> {
-    fn from(tensor: TensorMut<'a, f32>) -> Self {
-        DataMut::F32(tensor)
-    }
-}
-impl<'a> From<TensorMut<'a, f16>> for DataMut<'a> {
-    fn from(tensor: TensorMut<'a, f16>) -> Self {
-        DataMut::F16(tensor)
-    }
-}
-impl<'a> From<TensorMut<'a, bf16>> for DataMut<'a> {
-    fn from(tensor: TensorMut<'a, bf16>) -> Self {
-        DataMut::Bf16(tensor)
-    }
+
+from! {
+    TensorRef<'a, f32> => Data::F32;
+    TensorRef<'a, f16> => Data::F16;
+    TensorRef<'a, bf16> => Data::Bf16;
+    Int8Ref<'a> => Data::Int8;
+    TensorMut<'a, f32> => DataMut::F32;
+    TensorMut<'a, f16> => DataMut::F16;
+    TensorMut<'a, bf16> => DataMut::Bf16;
 }
 
 impl Data<'_> {

@@ -35,14 +35,6 @@ fn first_lanes(n: usize) -> __mmask16 {
     ((1u32 << n.min(16)) - 1) as __mmask16
 }
 
-/// One operation on registers alone: the token `self` proves the features, nothing else is asked.
-macro_rules! register_op {
-    ($body:expr) => {{
-        // SAFETY: no memory is touched, and the token proves that the CPU has the features.
-        unsafe { $body }
-    }};
-}
-
 /// The sums of four rows within each block of four lanes: lane i of a block is that of row i.
 #[inline(always)]
 fn sums_of_blocks(a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
@@ -103,16 +95,7 @@ impl Simd for Avx512 {
         ))
     }
 
-    #[inline(always)]
-    unsafe fn load_ptr(self, p: *const f32) -> __m512 {
-        // SAFETY: the caller vouches for sixteen values at `p`.
-        unsafe { _mm512_loadu_ps(p) }
-    }
-    #[inline(always)]
-    unsafe fn store_ptr(self, x: __m512, p: *mut f32) {
-        // SAFETY: the caller vouches for sixteen values at `p`.
-        unsafe { _mm512_storeu_ps(p, x) }
-    }
+    whole_vectors!(__m512, _mm512_loadu_ps, _mm512_storeu_ps);
     #[inline(always)]
     unsafe fn load_partial(self, p: *const f32, n: usize) -> __m512 {
         // SAFETY: masked-off lanes are not accessed; the caller vouches for the first `n`.
@@ -124,49 +107,17 @@ impl Simd for Avx512 {
         unsafe { _mm512_mask_storeu_ps(p, first_lanes(n), x) }
     }
 
-    #[inline(always)]
-    fn add(self, a: __m512, b: __m512) -> __m512 {
-        register_op!(_mm512_add_ps(a, b))
-    }
-    #[inline(always)]
-    fn sub(self, a: __m512, b: __m512) -> __m512 {
-        register_op!(_mm512_sub_ps(a, b))
-    }
-    #[inline(always)]
-    fn mul(self, a: __m512, b: __m512) -> __m512 {
-        register_op!(_mm512_mul_ps(a, b))
-    }
-    #[inline(always)]
-    fn div(self, a: __m512, b: __m512) -> __m512 {
-        register_op!(_mm512_div_ps(a, b))
+    binary_ops! { __m512:
+        add => _mm512_add_ps, sub => _mm512_sub_ps, mul => _mm512_mul_ps, div => _mm512_div_ps,
+        max => _mm512_max_ps, min => _mm512_min_ps,
     }
     #[inline(always)]
     fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         register_op!(_mm512_fmadd_ps(a, b, c))
     }
-    #[inline(always)]
-    fn max(self, a: __m512, b: __m512) -> __m512 {
-        register_op!(_mm512_max_ps(a, b))
-    }
-    #[inline(always)]
-    fn min(self, a: __m512, b: __m512) -> __m512 {
-        register_op!(_mm512_min_ps(a, b))
-    }
-    #[inline(always)]
-    fn abs(self, a: __m512) -> __m512 {
-        register_op!(_mm512_andnot_ps(_mm512_set1_ps(-0.0), a))
-    }
-    #[inline(always)]
-    fn copysign(self, a: __m512, sign: __m512) -> __m512 {
-        register_op!({
-            let bit = _mm512_set1_ps(-0.0);
-            _mm512_or_ps(_mm512_andnot_ps(bit, a), _mm512_and_ps(bit, sign))
-        })
-    }
-
-    #[inline(always)]
-    fn pow2_of_biased(self, biased: __m512) -> __m512 {
-        register_op!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(biased))))
+    sign_and_exponent! { __m512:
+        set1 _mm512_set1_ps, and _mm512_and_ps, andnot _mm512_andnot_ps, or _mm512_or_ps,
+        as_int _mm512_castps_si512, as_float _mm512_castsi512_ps, shift _mm512_slli_epi32,
     }
 
     #[inline(always)]
@@ -308,16 +259,7 @@ impl Simd for Avx512 {
         }
     }
 
-    #[inline(always)]
-    fn prefetch(self, p: *const f32) {
-        // SAFETY: a prefetch never faults, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
-    }
-    #[inline(always)]
-    fn prefetch_l2(self, p: *const f32) {
-        // SAFETY: as above.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
-    }
+    prefetches!();
 }
 
 /// Four values of row 0, of row 4, of row 8 and of row 12.
