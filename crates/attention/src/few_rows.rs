@@ -17,7 +17,7 @@ use core::marker::PhantomData;
 use core::ops::Range;
 
 use half::{bf16, f16};
-use qkv_simd::{Simd, SimdOp};
+use qkv_simd::{Isa, Simd, SimdOp};
 
 use crate::storage::Element;
 
@@ -159,28 +159,48 @@ const MOST_KEYS: [usize; 3] = [8, 8, 4];
 const MOST_DIMS: [usize; 3] = [4, 8, 16];
 
 impl FewScores<'_> {
-    /// Computes them, asking for the rows `ahead` on the way.
+    /// Computes them, asking for the rows `ahead` on the way. Not generic, so that this is compiled here alone, whatever
+    /// rules a caller has.
     ///
     /// # Safety
     /// Every key's row must be readable for `dim` values of its kind.
-    #[inline(always)]
-    pub(crate) unsafe fn run<S: Simd>(&mut self, s: S, ahead: AheadRows<'_>) {
-        debug_assert!(self.count <= MOST_ROWS.min(S::LANES));
-        let (count, kind) = (self.count, self.keys.kind);
-        dispatch!(S, s, count, kind, ScoresOf, MOST_KEYS, (self, ahead));
+    pub(crate) unsafe fn run(&mut self, isa: Isa, ahead: AheadRows<'_>) {
+        isa.dispatch(Run(self, ahead));
     }
 }
 
 impl FewSums<'_> {
-    /// Adds them to the outputs, asking for the rows `ahead` on the way.
+    /// Adds them to the outputs, asking for the rows `ahead` on the way. Compiled here alone, like [`FewScores::run`].
     ///
     /// # Safety
     /// Every value row must be readable for `dim` values of its kind.
+    pub(crate) unsafe fn run(&mut self, isa: Isa, ahead: AheadRows<'_>) {
+        isa.dispatch(Run(self, ahead));
+    }
+}
+
+/// One of the two products, to be dispatched.
+struct Run<'o, P>(&'o mut P, AheadRows<'o>);
+
+impl SimdOp for Run<'_, FewScores<'_>> {
+    type Output = ();
     #[inline(always)]
-    pub(crate) unsafe fn run<S: Simd>(&mut self, s: S, ahead: AheadRows<'_>) {
-        debug_assert!(self.count <= MOST_ROWS.min(S::LANES));
-        let (count, kind) = (self.count, self.values.kind);
-        dispatch!(S, s, count, kind, SumsOf, MOST_DIMS, (self, ahead));
+    fn eval<S: Simd>(self, s: S) {
+        let Run(op, ahead) = self;
+        debug_assert!(op.count <= MOST_ROWS.min(S::LANES));
+        let (count, kind) = (op.count, op.keys.kind);
+        dispatch!(S, s, count, kind, ScoresOf, MOST_KEYS, (op, ahead));
+    }
+}
+
+impl SimdOp for Run<'_, FewSums<'_>> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let Run(op, ahead) = self;
+        debug_assert!(op.count <= MOST_ROWS.min(S::LANES));
+        let (count, kind) = (op.count, op.values.kind);
+        dispatch!(S, s, count, kind, SumsOf, MOST_DIMS, (op, ahead));
     }
 }
 

@@ -16,7 +16,7 @@
 use core::ops::Range;
 
 use qkv_gemm::{TileOp, for_row_tiles, with_scratch};
-use qkv_simd::{Simd, SimdOp};
+use qkv_simd::{Isa, Simd, SimdOp};
 
 use crate::few_rows::{AheadRows, FEW_BLOCK, FewRows, FewScores, FewSums, RowKind};
 use crate::interval::{self, Ends, Visible};
@@ -49,6 +49,7 @@ pub(crate) struct Call<'a, R> {
     pub(crate) weights: Option<SelectedWeights<'a>>,
     pub(crate) spec: &'a AttentionSpec<'a>,
     pub(crate) rule: R,
+    pub(crate) isa: Isa,
     pub(crate) units: Units,
     pub(crate) plan: Plan,
     /// Where tasks leave their parts of a head's keys, where these are tasks of their own.
@@ -471,7 +472,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 };
                 let ahead = AheadRows { rows: &value_rows[run.clone()], bytes };
                 // SAFETY: the keys of the block have rows of `dk` values.
-                unsafe { op.run(s, ahead) };
+                unsafe { op.run(call.isa, ahead) };
             }
             if !needs_pass && tile_ops.is_empty() {
                 let mut max = [s.splat(f32::NEG_INFINITY); NV];
@@ -489,6 +490,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 k: self.keys.row(in_block),
                 k_stride: self.keys.stride,
                 depth: dk,
+                one_vector: rows.count <= S::LANES,
                 queries,
                 scores,
                 max: [s.splat(f32::NEG_INFINITY); NV],
@@ -549,7 +551,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             let bytes = ask_for(&self.call.k, self.task, next, &mut next_rows);
             let ahead = AheadRows { rows: &next_rows, bytes };
             // SAFETY: the keys of the block have value rows of `dv` values.
-            unsafe { op.run(s, ahead) };
+            unsafe { op.run(self.call.isa, ahead) };
             return;
         }
         let mut op = WeightedSum::<S, NV> {
@@ -557,6 +559,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             v: values.row(keys.start - self.block.start),
             v_stride: values.stride,
             keys: keys.len(),
+            one_vector: self.task.rows.len() - strip * Self::NR <= S::LANES,
             weights,
             outputs,
             alpha: started.then_some(&factors),
