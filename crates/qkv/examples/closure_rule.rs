@@ -1,6 +1,7 @@
 //! A rule from a closure, called once per score: convenient for trying an idea.
 //!
-//! A rule that only masks is shorter as `qkv::rule::mask_mod(|at| ...)`. Here every query sees its own block of 64 keys and, of all others, only each 16th key, with the scores of those halved.
+//! Here every query sees its own block of 64 keys and, of all others, only each 16th key, with the scores of those halved. A
+//! rule that only masks is shorter as `qkv::rule::mask_mod(|at| ...)`.
 //!
 //!     cargo run --release -p qkv --example closure_rule
 
