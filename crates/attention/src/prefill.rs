@@ -35,6 +35,9 @@ use crate::strip::{MAX_NR, StripRows};
 use crate::weights::SelectedWeights;
 use crate::{AttentionSpec, Data, DataMut, TensorMut};
 
+/// Most keys per tile where scores are summed in links.
+const LINKED_ROWS: usize = 6;
+
 /// Everything that the tasks of a call share.
 pub(crate) struct Call<'a, R> {
     pub(crate) q: Data<'a>,
@@ -433,7 +436,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             stride: self.values.stride,
             dim: call.plan.shape.value_dim,
         });
-        let tiles = keys.len().div_ceil(MR);
+        let tiles = keys.len().div_ceil(if S::REGISTERS >= 32 { LINKED_ROWS } else { MR });
         let ahead =
             self.next_strip(strip, rows, keys).and_then(|(rows, keys)| Ahead::new(spec, &rows, &keys, tiles));
         let (mut key_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
@@ -499,7 +502,12 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             };
             for run in runs.as_slice() {
                 op.base = run.start;
-                for_row_tiles::<MR, _>(run.len(), &mut op);
+                // Scores are summed in links: 6 x 2 x 2 sums, not 8 x 2 x 2, fit 32 registers.
+                if S::REGISTERS >= 32 {
+                    for_row_tiles::<LINKED_ROWS, _>(run.len(), &mut op);
+                } else {
+                    for_row_tiles::<MR, _>(run.len(), &mut op);
+                }
             }
             if light {
                 let max = op.max;
