@@ -9,16 +9,54 @@
 //! o[i]   += p[j][i] v_j      R x DV vectors of outputs in registers over the keys of the block
 //! ```
 //!
-//! Scores and weights lie as everywhere, [keys][lanes] with a query per lane, so that all masks, biases and the softmax
-//! are the tiles' own. Queries are [rows][dk], outputs [rows][dv].
+//! As each vector of a key or a value is loaded once, it is widened in its register: f16, bf16 and 8-bit rows are read
+//! where they lie, like f32. Scores and weights lie as everywhere, [keys][lanes] with a query per lane, so that all masks,
+//! biases and the softmax are the tiles' own. Queries are [rows][dk], outputs [rows][dv].
 
-use qkv_simd::Simd;
+use core::marker::PhantomData;
+use core::ops::Range;
 
-/// Keys of a block: 32 of dim 128 in f32 are 16 KiB, half of an L1 cache, where widened ones are read again.
+use half::{bf16, f16};
+use qkv_simd::{Isa, Simd, SimdOp};
+
+use crate::storage::Element;
+
+/// Keys of a block: 32 of dim 128 in f32 are 16 KiB, half of an L1 cache.
 pub(crate) const FEW_BLOCK: usize = 32;
 
-/// Sums in registers at a time, of sixteen.
-const SUMS: usize = 8;
+/// Most rows of queries: of a vector of scores no more is used, and more would not fit the registers.
+pub(crate) const MOST_ROWS: usize = 8;
+
+/// Rows of a block, of keys or of values.
+pub(crate) struct FewRows<'w> {
+    /// Where they begin.
+    pub(crate) rows: &'w [*const u8],
+    /// What they consist of.
+    pub(crate) kind: RowKind,
+    /// A factor per row, where they have any.
+    pub(crate) scales: &'w [f32],
+    /// Values of each.
+    pub(crate) dim: usize,
+}
+
+impl FewRows<'_> {
+    /// Those of a range.
+    #[inline(always)]
+    pub(crate) fn part(&self, range: Range<usize>) -> FewRows<'_> {
+        let scales = if self.kind == RowKind::Int8 { &self.scales[range.clone()] } else { &[] };
+        FewRows { rows: &self.rows[range], scales, ..*self }
+    }
+}
+
+/// What rows consist of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RowKind {
+    F32,
+    F16,
+    Bf16,
+    /// With a scale per row.
+    Int8,
+}
 
 /// Rows that will be wanted soon: their lines are asked for on the way, a row per key, since the hardware follows neither
 /// rows that are far apart nor the change from keys to values. Into L2: 32 heads over 8, 8192 keys of f32, dim 128, two
@@ -32,7 +70,8 @@ pub(crate) struct AheadRows<'w> {
 }
 
 impl AheadRows<'_> {
-    /// Asks for the `i`-th row, if there is one.
+    /// Asks for the `i`-th row, if there is one. All its lines at once: spread over the steps of a product they came no
+    /// sooner.
     #[inline(always)]
     fn ask<S: Simd>(&self, s: S, i: usize) {
         if let Some(&row) = self.rows.get(i) {
@@ -45,162 +84,22 @@ impl AheadRows<'_> {
 
 /// Scores of few queries.
 pub(crate) struct FewScores<'w> {
-    /// [rows][dk], scaled.
+    /// [rows][dk], scaled; zeros from `count` on.
     pub(crate) queries: &'w [f32],
-    pub(crate) dim: usize,
     /// Query rows.
     pub(crate) count: usize,
-    /// The keys' rows, `dim` values each.
-    pub(crate) keys: &'w [*const f32],
-    /// Whether the keys come from memory rather than from scratch: then they are read as they lie, not several rows side by
-    /// side, which the hardware would not take for a stream.
-    pub(crate) stream: bool,
-    /// [keys][LANES]; lanes from `count` on are left as they are.
+    /// The keys.
+    pub(crate) keys: FewRows<'w>,
+    /// [keys][LANES]; lanes from `count` on become 0 or are left as they are.
     pub(crate) scores: &'w mut [f32],
-}
-
-/// Runs `$call` with the constant `R` = `$rows`.
-macro_rules! with_row_count {
-    ($rows:expr, $lanes:expr, $R:ident => $call:expr) => {
-        match $rows {
-            1 => {
-                const $R: usize = 1;
-                $call
-            }
-            2 => {
-                const $R: usize = 2;
-                $call
-            }
-            3 => {
-                const $R: usize = 3;
-                $call
-            }
-            4 => {
-                const $R: usize = 4;
-                $call
-            }
-            5 if $lanes > 4 => {
-                const $R: usize = 5;
-                $call
-            }
-            6 if $lanes > 4 => {
-                const $R: usize = 6;
-                $call
-            }
-            7 if $lanes > 4 => {
-                const $R: usize = 7;
-                $call
-            }
-            8 if $lanes > 4 => {
-                const $R: usize = 8;
-                $call
-            }
-            rows => debug_assert!(rows == 0, "{rows} rows"),
-        }
-    };
-}
-
-impl FewScores<'_> {
-    /// Computes them, asking for the rows `ahead` on the way.
-    ///
-    /// # Safety
-    /// Every key's row must be readable for `dim` values.
-    #[inline(always)]
-    pub(crate) unsafe fn run<S: Simd>(&mut self, s: S, ahead: AheadRows<'_>) {
-        debug_assert!(self.count <= S::LANES);
-        // SAFETY: the caller's promise.
-        unsafe {
-            with_row_count!(self.count, S::LANES, R => match S::LANES / R {
-                4.. if self.stream => self.rows::<S, R, { if R == 1 { 2 } else { 1 } }>(s, ahead),
-                _ if self.stream => self.rows::<S, R, 1>(s, ahead),
-                8.. => self.rows::<S, R, { SUMS / R }>(s, ahead),
-                4.. => self.rows::<S, R, { if R == 1 || R == 2 { 4 } else { 1 } }>(s, ahead),
-                2.. => self.rows::<S, R, 2>(s, ahead),
-                _ => self.rows::<S, R, 1>(s, ahead),
-            });
-        }
-    }
-
-    /// # Safety
-    /// As [`Self::run`].
-    #[inline(always)]
-    unsafe fn rows<S: Simd, const R: usize, const KEYS: usize>(&mut self, s: S, ahead: AheadRows<'_>) {
-        let mut key = 0;
-        // SAFETY: the caller's promise.
-        unsafe {
-            while key + KEYS <= self.keys.len() {
-                for key in key..key + KEYS {
-                    ahead.ask(s, key);
-                }
-                self.keys::<S, R, KEYS>(s, key);
-                key += KEYS;
-            }
-            while key < self.keys.len() {
-                self.keys::<S, R, 1>(s, key);
-                ahead.ask(s, key);
-                key += 1;
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`Self::run`].
-    #[inline(always)]
-    unsafe fn keys<S: Simd, const R: usize, const KEYS: usize>(&mut self, s: S, first: usize) {
-        let (dim, queries) = (self.dim, &self.queries[..R * self.dim]);
-        let mut rows = [core::ptr::null(); KEYS];
-        rows.copy_from_slice(&self.keys[first..first + KEYS]);
-        let mut acc = [[s.zero(); R]; KEYS];
-        let whole = dim / S::LANES * S::LANES;
-        for at in (0..whole).step_by(S::LANES) {
-            for (acc, row) in acc.iter_mut().zip(&rows) {
-                // SAFETY: the vector at `at` lies inside the key's row and inside each query.
-                unsafe {
-                    let k = s.load_ptr(row.add(at));
-                    for (i, acc) in acc.iter_mut().enumerate() {
-                        *acc = s.mul_add(k, s.load_ptr(queries.as_ptr().add(i * dim + at)), *acc);
-                    }
-                }
-            }
-        }
-        if whole < dim {
-            for (acc, row) in acc.iter_mut().zip(&rows) {
-                // SAFETY: as above, for the values that are left.
-                unsafe {
-                    let k = s.load_partial(row.add(whole), dim - whole);
-                    for (i, acc) in acc.iter_mut().enumerate() {
-                        let q = s.load_partial(queries.as_ptr().add(i * dim + whole), dim - whole);
-                        *acc = s.mul_add(k, q, *acc);
-                    }
-                }
-            }
-        }
-        let mut sums = [s.zero(); SUMS];
-        for (j, acc) in acc.iter().enumerate() {
-            for (i, &acc) in acc.iter().enumerate() {
-                sums[j * R + i] = acc;
-            }
-        }
-        let used = match R * KEYS {
-            1 => 1,
-            2..=4 => 4,
-            _ => 8,
-        };
-        let mut values = [0.0; 16];
-        s.store(s.reduce_each(&sums[..used]), &mut values);
-        for j in 0..KEYS {
-            self.scores[(first + j) * S::LANES..][..R].copy_from_slice(&values[j * R..][..R]);
-        }
-    }
 }
 
 /// Weighted values for few queries.
 pub(crate) struct FewSums<'w> {
     /// [keys][LANES].
     pub(crate) weights: &'w [f32],
-    /// The values' rows, `dim` values each.
-    pub(crate) values: &'w [*const f32],
-    pub(crate) dim: usize,
+    /// The values.
+    pub(crate) values: FewRows<'w>,
     /// Query rows.
     pub(crate) count: usize,
     /// Per row, what the outputs so far are multiplied by; `None`: there are none.
@@ -209,38 +108,239 @@ pub(crate) struct FewSums<'w> {
     pub(crate) outputs: &'w mut [f32],
 }
 
-impl FewSums<'_> {
-    /// Adds them to the outputs, asking for the rows `ahead` on the way.
+/// The product `$op` over rows of `$kind` for `$count` query rows: compiled for 1, 2, 4, 6 and 8, to which other counts are
+/// rounded up, and with as many sums in registers as there are lanes, which is half of the registers and as many as are
+/// reduced at once, but at most `$most` (with 16, 8 and 4 lanes) per query row.
+macro_rules! dispatch {
+    ($S:ty, $s:expr, $count:expr, $kind:expr, $op:ident, $most:expr, $call:expr) => {
+        match $kind {
+            RowKind::F32 => dispatch!(@rows $S, $s, $count, f32, $op, $most, $call),
+            RowKind::F16 => dispatch!(@rows $S, $s, $count, f16, $op, $most, $call),
+            RowKind::Bf16 => dispatch!(@rows $S, $s, $count, bf16, $op, $most, $call),
+            RowKind::Int8 => dispatch!(@rows $S, $s, $count, i8, $op, $most, $call),
+        }
+    };
+    (@rows $S:ty, $s:expr, $count:expr, $T:ty, $op:ident, $most:expr, $call:expr) => {
+        match $count {
+            0 => {}
+            1 => dispatch!(@lanes $S, $s, $T, 1, $op, $most, $call),
+            2 => dispatch!(@lanes $S, $s, $T, 2, $op, $most, $call),
+            3 | 4 => dispatch!(@lanes $S, $s, $T, 4, $op, $most, $call),
+            5 | 6 => dispatch!(@lanes $S, $s, $T, 6, $op, $most, $call),
+            _ => dispatch!(@lanes $S, $s, $T, 8, $op, $most, $call),
+        }
+    };
+    // The lanes are a constant: two of the three arms leave no machine code.
+    (@lanes $S:ty, $s:expr, $T:ty, $R:literal, $op:ident, $most:expr, $call:expr) => {
+        match <$S>::LANES {
+            16 => $s.vectorize($op::<$T, $R, { sums_per_row(16, $R, $most[0]) }>($call, PhantomData)),
+            8 => $s.vectorize($op::<$T, $R, { sums_per_row(8, $R, $most[1]) }>($call, PhantomData)),
+            _ => $s.vectorize($op::<$T, $R, { sums_per_row(4, $R, $most[2]) }>($call, PhantomData)),
+        }
+    };
+}
+
+/// Sums per query row when all are to be `lanes` together.
+const fn sums_per_row(lanes: usize, rows: usize, most: usize) -> usize {
+    let sums = lanes / rows;
+    if sums == 0 {
+        1
+    } else if sums > most {
+        most
+    } else {
+        sums
+    }
+}
+
+/// Most keys side by side.
+const MOST_KEYS: [usize; 3] = [8, 8, 4];
+
+/// Most vectors of dims at a time: 64 dims, so that heads of that size leave no remainder.
+const MOST_DIMS: [usize; 3] = [4, 8, 16];
+
+impl FewScores<'_> {
+    /// Computes them, asking for the rows `ahead` on the way. Not generic, so that this is compiled here alone, whatever
+    /// rules a caller has.
     ///
     /// # Safety
-    /// Every value row must be readable for `dim` values.
+    /// Every key's row must be readable for `dim` values of its kind.
+    pub(crate) unsafe fn run(&mut self, isa: Isa, ahead: AheadRows<'_>) {
+        isa.dispatch(Run(self, ahead));
+    }
+}
+
+impl FewSums<'_> {
+    /// Adds them to the outputs, asking for the rows `ahead` on the way. Compiled here alone, like [`FewScores::run`].
+    ///
+    /// # Safety
+    /// Every value row must be readable for `dim` values of its kind.
+    pub(crate) unsafe fn run(&mut self, isa: Isa, ahead: AheadRows<'_>) {
+        isa.dispatch(Run(self, ahead));
+    }
+}
+
+/// One of the two products, to be dispatched.
+struct Run<'o, P>(&'o mut P, AheadRows<'o>);
+
+impl SimdOp for Run<'_, FewScores<'_>> {
+    type Output = ();
     #[inline(always)]
-    pub(crate) unsafe fn run<S: Simd>(&mut self, s: S, mut ahead: AheadRows<'_>) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            with_row_count!(self.count, S::LANES, R => {
-                let step = (SUMS / R) * S::LANES;
-                let mut at = 0;
-                while at + step <= self.dim {
-                    self.dims::<S, R, { SUMS / R }>(s, at, S::LANES, ahead);
-                    ahead.rows = &[];
-                    at += step;
+    fn eval<S: Simd>(self, s: S) {
+        let Run(op, ahead) = self;
+        debug_assert!(op.count <= MOST_ROWS.min(S::LANES));
+        let (count, kind) = (op.count, op.keys.kind);
+        dispatch!(S, s, count, kind, ScoresOf, MOST_KEYS, (op, ahead));
+    }
+}
+
+impl SimdOp for Run<'_, FewSums<'_>> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let Run(op, ahead) = self;
+        debug_assert!(op.count <= MOST_ROWS.min(S::LANES));
+        let (count, kind) = (op.count, op.values.kind);
+        dispatch!(S, s, count, kind, SumsOf, MOST_DIMS, (op, ahead));
+    }
+}
+
+/// `count` values of a row, widened; the other lanes are zero.
+///
+/// # Safety
+/// The values must be readable.
+#[inline(always)]
+unsafe fn load<S: Simd, T: Element>(s: S, row: *const T, count: usize, scale: Option<S::F32>) -> S::F32 {
+    // SAFETY: the caller's promise.
+    let x = unsafe { if count == S::LANES { T::load(s, row) } else { T::load_partial(s, row, count) } };
+    match scale {
+        Some(scale) => s.mul(scale, x),
+        None => x,
+    }
+}
+
+/// [`FewScores`] of a type, `R` query rows, `KEYS` keys at a time.
+struct ScoresOf<'o, 'w, T, const R: usize, const KEYS: usize>(
+    (&'o mut FewScores<'w>, AheadRows<'o>),
+    PhantomData<T>,
+);
+
+impl<T: Element, const R: usize, const KEYS: usize> SimdOp for ScoresOf<'_, '_, T, R, KEYS> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let (FewScores { queries, keys, scores, .. }, ahead) = self.0;
+        let FewRows { rows, scales, dim, .. } = *keys;
+        let queries = (&queries[..R * dim], dim);
+        let whole = dim / S::LANES * S::LANES;
+        for first in (0..rows.len()).step_by(KEYS) {
+            // Keys past the last are the last once more, and dropped at the end.
+            let last = rows.len() - 1;
+            let mut group = [(core::ptr::null::<T>(), None); KEYS];
+            for (j, (row, factor)) in group.iter_mut().enumerate() {
+                let key = (first + j).min(last);
+                ahead.ask(s, first + j);
+                *row = rows[key].cast();
+                if T::SCALED {
+                    *factor = Some(s.splat(scales[key]));
                 }
-                while at < self.dim {
-                    self.dims::<S, R, 1>(s, at, (self.dim - at).min(S::LANES), ahead);
-                    ahead.rows = &[];
-                    at += S::LANES;
+            }
+            let mut acc = [[s.zero(); R]; KEYS];
+            for at in (0..whole).step_by(S::LANES) {
+                // SAFETY: the vector at `at` lies inside each key's row and inside each query.
+                unsafe { step(s, queries, at, S::LANES, &group, &mut acc) };
+            }
+            if whole < dim {
+                // SAFETY: as above, for the values that are left.
+                unsafe { step(s, queries, whole, dim - whole, &group, &mut acc) };
+            }
+            let mut sums = [s.zero(); 16];
+            for (j, acc) in acc.iter().enumerate() {
+                for (i, &acc) in acc.iter().enumerate() {
+                    sums[j * R + i] = acc;
                 }
-            });
+            }
+            let used = match R * KEYS {
+                1 => 1,
+                2..=4 => 4,
+                5..=8 => 8,
+                _ => 16,
+            };
+            let mut values = [0.0; 16];
+            s.store(s.reduce_each(&sums[..used]), &mut values);
+            for j in 0..KEYS.min(rows.len() - first) {
+                // A query per lane; where there are fewer lanes than R, there are no more queries either.
+                let lanes = R.min(S::LANES);
+                scores[(first + j) * S::LANES..][..lanes].copy_from_slice(&values[j * R..][..lanes]);
+            }
         }
     }
+}
 
+/// A vector of each key, with its factor, times that of each query, (their values, the dim).
+///
+/// # Safety
+/// `count` values from `at` on must lie inside each key's row and each query.
+#[inline(always)]
+unsafe fn step<S: Simd, T: Element, const R: usize, const KEYS: usize>(
+    s: S,
+    (queries, dim): (&[f32], usize),
+    at: usize,
+    count: usize,
+    keys: &[(*const T, Option<S::F32>); KEYS],
+    acc: &mut [[S::F32; R]; KEYS],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut q = [s.zero(); R];
+        for (i, q) in q.iter_mut().enumerate() {
+            *q = load(s, queries.as_ptr().add(i * dim + at), count, None);
+        }
+        for (acc, &(row, factor)) in acc.iter_mut().zip(keys) {
+            let k = load(s, row.add(at), count, factor);
+            for (acc, &q) in acc.iter_mut().zip(&q) {
+                *acc = s.mul_add(k, q, *acc);
+            }
+        }
+    }
+}
+
+/// [`FewSums`] of a type, `R` query rows, `DV` vectors of dims at a time.
+struct SumsOf<'o, 'w, T, const R: usize, const DV: usize>(
+    (&'o mut FewSums<'w>, AheadRows<'o>),
+    PhantomData<T>,
+);
+
+impl<T: Element, const R: usize, const DV: usize> SimdOp for SumsOf<'_, '_, T, R, DV> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let (sums, mut ahead) = self.0;
+        let (dim, step) = (sums.values.dim, DV * S::LANES);
+        let mut at = 0;
+        while at + step <= dim {
+            // SAFETY: these dims are inside the rows, which are readable, says the caller of `run`.
+            unsafe { sums.dims::<S, T, R, DV>(s, at, S::LANES, ahead) };
+            ahead.rows = &[];
+            at += step;
+        }
+        while at < dim {
+            // SAFETY: as above.
+            unsafe { sums.dims::<S, T, R, 1>(s, at, (dim - at).min(S::LANES), ahead) };
+            ahead.rows = &[];
+            at += S::LANES;
+        }
+    }
+}
+
+impl FewSums<'_> {
     /// `DV` vectors of dims from `at` on, of which the last has `last` values.
     ///
     /// # Safety
     /// As [`Self::run`].
     #[inline(always)]
-    unsafe fn dims<S: Simd, const R: usize, const DV: usize>(
+    unsafe fn dims<S: Simd, T: Element, const R: usize, const DV: usize>(
         &mut self,
         s: S,
         at: usize,
@@ -248,16 +348,14 @@ impl FewSums<'_> {
         ahead: AheadRows<'_>,
     ) {
         let mut acc = [[s.zero(); DV]; R];
-        let whole = last == S::LANES;
-        for (j, (weights, &row)) in self.weights.chunks_exact(S::LANES).zip(self.values).enumerate() {
+        let FewRows { rows, scales, dim, .. } = self.values;
+        for (j, (weights, &row)) in self.weights.chunks_exact(S::LANES).zip(rows).enumerate() {
             ahead.ask(s, j);
+            let factor = if T::SCALED { Some(s.splat(scales[j])) } else { None };
             let mut v = [s.zero(); DV];
             for (d, v) in v.iter_mut().enumerate() {
                 // SAFETY: these dims are inside the row.
-                *v = unsafe {
-                    let p = row.add(at + d * S::LANES);
-                    if whole { s.load_ptr(p) } else { s.load_partial(p, last) }
-                };
+                *v = unsafe { load(s, row.cast::<T>().add(at + d * S::LANES), last, factor) };
             }
             for (acc, &weight) in acc.iter_mut().zip(weights) {
                 let weight = s.splat(weight);
@@ -266,9 +364,10 @@ impl FewSums<'_> {
                 }
             }
         }
-        for (i, acc) in acc.iter().enumerate() {
+        let whole = last == S::LANES;
+        for (i, acc) in acc.iter().enumerate().take(self.count) {
             for (d, &sum) in acc.iter().enumerate() {
-                let from = i * self.dim + at + d * S::LANES;
+                let from = i * dim + at + d * S::LANES;
                 let to = &mut self.outputs[from..][..last];
                 let p = to.as_mut_ptr();
                 // SAFETY: `to` has `last` values, a whole vector where `whole`.

@@ -157,7 +157,7 @@ pub(crate) fn run<R: ScoreRule>(
     let plan = Plan::new(shape, spec, sequences, isa, [&k, &v]);
     let shared = plan.shared();
     let units = Units::new(spec, shape.key_dim, R::ACTIVE);
-    let call = Call { q, k, v, out, lse, maxima, weights: None, spec, rule, units, plan, shared };
+    let call = Call { q, k, v, out, lse, maxima, weights: None, spec, rule, isa, units, plan, shared };
     let work = |tasks: &Tasks<'_>| {
         while let Some(index) = tasks.take() {
             with_tile(isa, Prefill { call: &call, task: call.plan.task(index) });

@@ -4,13 +4,16 @@
 //! | --- | --- |
 //! | f32 with one stride | in place |
 //! | 16 or 8 bits | a copy in scratch, widened once per block for all rows of the task |
-//! | pages | f32: row by row in place (few query rows), or a copy (tiles want one stride); else as above |
+//! | pages | a copy (tiles want one stride) |
+//!
+//! Few query rows read row by row what can be widened in registers ([`RowKind`]), wherever the rows lie.
 
 use core::ops::Range;
 
 use qkv_simd::Simd;
 
 use crate::Data;
+use crate::few_rows::RowKind;
 use crate::interval::Segment;
 
 /// The keys or the values of a call.
@@ -32,9 +35,9 @@ impl<'a> KvRows<'a> {
         self.tables.is_some() || self.data.as_f32().is_none()
     }
 
-    /// Whether single rows are read where they lie.
-    pub(crate) fn is_in_place(&self) -> bool {
-        self.data.as_f32().is_some()
+    /// What single rows consist of where few query rows read them in place.
+    pub(crate) fn row_kind(&self) -> Option<RowKind> {
+        self.data.row_kind()
     }
 
     /// (batch or page, head, position) of a key's row, and how many rows from there on are one stride apart.
@@ -109,27 +112,14 @@ impl<'a> KvRows<'a> {
         bytes
     }
 
-    /// The address of each row of `keys`, which must be f32.
+    /// The scale of each row of `keys`, where rows have one.
     #[inline(always)]
-    pub(crate) fn addresses(
-        &self,
-        segment: &Segment,
-        head: usize,
-        keys: &Range<usize>,
-        to: &mut [*const f32],
-    ) {
-        let Some(tensor) = self.data.as_f32() else { return };
-        let stride = tensor.position_stride();
-        let mut key = keys.start;
-        let mut rows = to.iter_mut();
-        while key < keys.end {
-            let ([batch, head, position], run) = self.place(segment, head, key);
-            let count = run.min(keys.end - key);
-            let first = tensor.row_ptr(batch, head, position);
-            for (i, row) in rows.by_ref().take(count).enumerate() {
-                *row = first.wrapping_offset(i as isize * stride);
-            }
-            key += count;
+    pub(crate) fn scales(&self, segment: &Segment, head: usize, keys: &Range<usize>, to: &mut [f32]) {
+        let Data::Int8(int8) = &self.data else { return };
+        let scales = int8.scales();
+        for (key, to) in keys.clone().zip(to) {
+            let ([batch, head, position], _) = self.place(segment, head, key);
+            *to = scales.row(batch, head, position)[0];
         }
     }
 }

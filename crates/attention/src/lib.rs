@@ -28,7 +28,6 @@ mod prefill;
 mod products;
 pub mod reference;
 pub mod rotary;
-mod row_tiles;
 pub mod rule;
 mod runs;
 mod score_ops;

@@ -174,8 +174,10 @@ unsafe fn mask_word<S: Simd>(s: S, first: *const bool, stride: isize, count: usi
     }
     let mut word = 0;
     for bit in 0..count {
+        // As a byte, of which the lowest bit counts, as above: a mask from another language may hold what no bool may.
         // SAFETY: `bit` is below `count`.
-        word |= u32::from(unsafe { *first.offset(bit as isize * stride) }) << bit;
+        let byte = unsafe { *first.offset(bit as isize * stride).cast::<u8>() };
+        word |= u32::from(byte & 1) << bit;
     }
     word
 }

@@ -13,7 +13,7 @@ use core::ops::Range;
 use qkv_gemm::KernelShape;
 use qkv_simd::Isa;
 
-use crate::few_rows::FEW_BLOCK;
+use crate::few_rows::{FEW_BLOCK, MOST_ROWS};
 use crate::interval::{self, Segment};
 use crate::kv_rows::KvRows;
 use crate::online_softmax::SUM_CHAINS;
@@ -236,7 +236,7 @@ impl Plan {
 
     /// Whether a sequence has so few query rows that they are not computed by tiles.
     pub(crate) fn has_few_rows(&self, segment: &Segment) -> bool {
-        self.has_parts && self.shape.group() * segment.query_len <= self.lanes.min(8)
+        self.has_parts && self.shape.group() * segment.query_len <= self.lanes.min(MOST_ROWS)
     }
 
     /// Parts that the keys of a sequence are cut into, and keys of a part: more than one for a single strip of rows only.

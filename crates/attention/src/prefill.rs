@@ -15,10 +15,10 @@
 
 use core::ops::Range;
 
-use qkv_gemm::{TileOp, with_scratch};
-use qkv_simd::{Simd, SimdOp};
+use qkv_gemm::{TileOp, for_row_tiles, with_scratch};
+use qkv_simd::{Isa, Simd, SimdOp};
 
-use crate::few_rows::{AheadRows, FEW_BLOCK, FewScores, FewSums};
+use crate::few_rows::{AheadRows, FEW_BLOCK, FewRows, FewScores, FewSums, RowKind};
 use crate::interval::{self, Ends, Visible};
 use crate::kv_rows::KvRows;
 use crate::layout::{Layout, Scratch};
@@ -27,7 +27,6 @@ use crate::panels::{self, Ahead, BiasPanel, Bits, WORD};
 use crate::parts::Shared;
 use crate::plan::{Plan, Task, key_block};
 use crate::products::{Scores, Upcoming, WeightedSum};
-use crate::row_tiles::for_row_tiles;
 use crate::rule::ScoreRule;
 use crate::runs::Runs;
 use crate::score_ops::{ScorePass, StripLanes, TileOps, Units, relative_position};
@@ -35,6 +34,9 @@ use crate::spec::intersect;
 use crate::strip::{MAX_NR, StripRows};
 use crate::weights::SelectedWeights;
 use crate::{AttentionSpec, Data, DataMut, TensorMut};
+
+/// Most keys per tile where scores are summed in links.
+const LINKED_ROWS: usize = 6;
 
 /// Everything that the tasks of a call share.
 pub(crate) struct Call<'a, R> {
@@ -50,6 +52,7 @@ pub(crate) struct Call<'a, R> {
     pub(crate) weights: Option<SelectedWeights<'a>>,
     pub(crate) spec: &'a AttentionSpec<'a>,
     pub(crate) rule: R,
+    pub(crate) isa: Isa,
     pub(crate) units: Units,
     pub(crate) plan: Plan,
     /// Where tasks leave their parts of a head's keys, where these are tasks of their own.
@@ -233,21 +236,22 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             return;
         }
         self.block = block.clone();
-        self.keys = self.rows_of_block(&self.call.k);
-        // Few rows bring values in when the scores are done, in the same scratch, so that a block stays in L1.
+        self.keys = self.rows_of_block(&self.call.k, false);
+        // Few rows bring values in when the scores are done, where at all, in the same scratch.
         if !FEW {
-            self.values = self.rows_of_block(&self.call.v);
+            self.values = self.rows_of_block(&self.call.v, false);
         }
     }
 
-    /// The rows of the block, of keys or of values: in place, or a copy in scratch.
+    /// The rows of the block, of keys or of values: in place, or a copy in scratch. Few rows read one by one where they lie,
+    /// widened or not, unless `all_f32`.
     #[inline(always)]
-    fn rows_of_block(&mut self, rows: &KvRows<'_>) -> BlockRows {
+    fn rows_of_block(&mut self, rows: &KvRows<'_>, all_f32: bool) -> BlockRows {
         let (s, segment, head, block) = (self.s, &self.task.segment, self.task.kv_head, &self.block);
         if let Some((ptr, stride)) = rows.in_place(segment, head, block.start) {
             return BlockRows { ptr, stride };
         }
-        if FEW && rows.is_in_place() {
+        if FEW && rows.row_kind().is_some_and(|kind| kind == RowKind::F32 || !all_f32) {
             return BlockRows::NONE;
         }
         let dim = rows.data.shape()[3];
@@ -265,27 +269,41 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         if dim == 0 {
             return &[];
         }
-        let mut row = [self.values.row(key - self.block.start)];
+        let mut row = [self.values.row(key - self.block.start).cast()];
         if FEW && self.values.ptr.is_null() {
-            self.call.v.addresses(&self.task.segment, self.task.kv_head, &(key..key + 1), &mut row);
+            debug_assert_eq!(self.call.v.row_kind(), Some(RowKind::F32));
+            self.call.v.memory(&self.task.segment, self.task.kv_head, &(key..key + 1), &mut row);
         }
-        // SAFETY: the key is in the block, whose rows have `dim` values in the tensor or in scratch.
-        unsafe { core::slice::from_raw_parts(row[0], dim) }
+        // SAFETY: the key is in the block, whose rows have `dim` values in the tensor or in scratch: rows of other types are
+        // not read here, see `fold_block`.
+        unsafe { core::slice::from_raw_parts(row[0].cast(), dim) }
     }
 
-    /// The addresses of the rows of `keys`, of the block that is brought in.
+    /// The rows of `keys`, of the block that is brought in.
     #[inline(always)]
-    fn addresses(&self, rows: &KvRows<'_>, block: BlockRows, keys: &Range<usize>) -> [*const f32; FEW_BLOCK] {
-        let mut addresses = [core::ptr::null(); FEW_BLOCK];
+    fn few_rows<'m>(
+        &self,
+        rows: &KvRows<'_>,
+        block: BlockRows,
+        keys: &Range<usize>,
+        (addresses, scales): (&'m mut [*const u8; FEW_BLOCK], &'m mut [f32; FEW_BLOCK]),
+    ) -> FewRows<'m> {
+        let dim = rows.data.shape()[3];
         let list = &mut addresses[..keys.len()];
-        if block.ptr.is_null() {
-            rows.addresses(&self.task.segment, self.task.kv_head, keys, list);
-        } else {
-            for (i, row) in list.iter_mut().enumerate() {
-                *row = block.row(keys.start - self.block.start + i);
+        let kind = match rows.row_kind() {
+            Some(kind) if block.ptr.is_null() => {
+                rows.memory(&self.task.segment, self.task.kv_head, keys, list);
+                rows.scales(&self.task.segment, self.task.kv_head, keys, scales);
+                kind
             }
-        }
-        addresses
+            _ => {
+                for (i, row) in list.iter_mut().enumerate() {
+                    *row = block.row(keys.start - self.block.start + i).cast();
+                }
+                RowKind::F32
+            }
+        };
+        FewRows { rows: list, kind, scales, dim }
     }
 
     /// Where the softmax of a strip begins: with nothing, or with its heads' sinks, which have no value.
@@ -315,7 +333,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             return;
         };
         if FEW {
-            self.values = self.rows_of_block(&self.call.v);
+            // Values that a mask may hide are looked at one by one, as f32.
+            self.values = self.rows_of_block(&self.call.v, anywhere || !visible.is_whole(&keys));
         }
         let seen = self.has_hidden_nan(&keys, &visible, anywhere).then(|| self.copy_finite_values(&keys));
         let (max, sum) = self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR].split_at_mut(Self::NR);
@@ -417,11 +436,11 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             stride: self.values.stride,
             dim: call.plan.shape.value_dim,
         });
-        let tiles = keys.len().div_ceil(MR);
+        let tiles = keys.len().div_ceil(if S::REGISTERS >= 32 { LINKED_ROWS } else { MR });
         let ahead =
             self.next_strip(strip, rows, keys).and_then(|(rows, keys)| Ahead::new(spec, &rows, &keys, tiles));
-        let addresses =
-            if FEW { self.addresses(&call.k, self.keys, keys) } else { [core::ptr::null(); FEW_BLOCK] };
+        let (mut key_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
+        let few = FEW.then(|| self.few_rows(&call.k, self.keys, keys, (&mut key_rows, &mut scales)));
         let panel = if call.plan.has_panels { keys.len() * Self::NR } else { 0 };
         let bias =
             BiasPanel::new(s, spec, rows, keys, (&mut self.scratch.bias[..panel], &mut *self.scratch.rows));
@@ -442,23 +461,21 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             scores[filled * Self::NR..run.start * Self::NR].fill(f32::NEG_INFINITY);
             filled = run.end;
         }
-        if FEW {
-            // What is widened asks for its rows itself.
+        if let Some(few) = few {
+            // What is copied asks for its rows itself.
             let mut value_rows = [core::ptr::null(); FEW_BLOCK];
-            let wanted = if call.v.is_in_place() { keys.clone() } else { 0..0 };
+            let wanted = if call.v.row_kind().is_some() { keys.clone() } else { 0..0 };
             let bytes = ask_for(&call.v, self.task, wanted, &mut value_rows);
             for run in runs.as_slice() {
                 let mut op = FewScores {
                     queries,
-                    dim: dk,
                     count: rows.count,
-                    keys: &addresses[run.clone()],
-                    stream: call.k.is_in_place(),
+                    keys: few.part(run.clone()),
                     scores: &mut scores[run.start * Self::NR..run.end * Self::NR],
                 };
                 let ahead = AheadRows { rows: &value_rows[run.clone()], bytes };
                 // SAFETY: the keys of the block have rows of `dk` values.
-                unsafe { op.run(s, ahead) };
+                unsafe { op.run(call.isa, ahead) };
             }
             if !needs_pass && tile_ops.is_empty() {
                 let mut max = [s.splat(f32::NEG_INFINITY); NV];
@@ -476,6 +493,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 k: self.keys.row(in_block),
                 k_stride: self.keys.stride,
                 depth: dk,
+                one_vector: rows.count <= S::LANES,
                 queries,
                 scores,
                 max: [s.splat(f32::NEG_INFINITY); NV],
@@ -484,7 +502,12 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             };
             for run in runs.as_slice() {
                 op.base = run.start;
-                for_row_tiles::<MR, _>(run.len(), &mut op);
+                // Scores are summed in links: 6 x 2 x 2 sums, not 8 x 2 x 2, fit 32 registers.
+                if S::REGISTERS >= 32 {
+                    for_row_tiles::<LINKED_ROWS, _>(run.len(), &mut op);
+                } else {
+                    for_row_tiles::<MR, _>(run.len(), &mut op);
+                }
             }
             if light {
                 let max = op.max;
@@ -519,25 +542,24 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         }
         // The first block of a strip writes: what the scratch held before is never read.
         let started = self.started >> strip & 1 == 1;
-        let addresses =
-            if FEW { self.addresses(&self.call.v, values, keys) } else { [core::ptr::null(); FEW_BLOCK] };
+        let (mut value_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
+        let few = FEW.then(|| self.few_rows(&self.call.v, values, keys, (&mut value_rows, &mut scales)));
         let weights = &self.scratch.scores[..keys.len() * Self::NR];
         let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
-        if FEW {
+        if let Some(few) = few {
             let mut op = FewSums {
                 weights,
-                values: &addresses[..keys.len()],
-                dim: dv,
+                values: few,
                 count: self.task.rows.len(),
                 alpha: started.then_some(&factors),
                 outputs,
             };
             let mut next_rows = [core::ptr::null(); FEW_BLOCK];
-            let next = if self.call.k.is_in_place() { keys.end..keys.end + FEW_BLOCK } else { 0..0 };
+            let next = if self.call.k.row_kind().is_some() { keys.end..keys.end + FEW_BLOCK } else { 0..0 };
             let bytes = ask_for(&self.call.k, self.task, next, &mut next_rows);
             let ahead = AheadRows { rows: &next_rows, bytes };
             // SAFETY: the keys of the block have value rows of `dv` values.
-            unsafe { op.run(s, ahead) };
+            unsafe { op.run(self.call.isa, ahead) };
             return;
         }
         let mut op = WeightedSum::<S, NV> {
@@ -545,6 +567,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             v: values.row(keys.start - self.block.start),
             v_stride: values.stride,
             keys: keys.len(),
+            one_vector: self.task.rows.len() - strip * Self::NR <= S::LANES,
             weights,
             outputs,
             alpha: started.then_some(&factors),

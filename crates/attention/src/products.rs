@@ -2,11 +2,11 @@
 
 use core::ops::Range;
 
-use qkv_gemm::tile::{Columns, Rhs, Rows, tile};
+use qkv_gemm::RowsOp;
+use qkv_gemm::tile::{Acc, Columns, Lhs, Rhs, Rows, tile, tile_in_links};
 use qkv_simd::Simd;
 
 use crate::panels::{Ahead, BiasPanel};
-use crate::row_tiles::RowsOp;
 use crate::score_ops::TileOps;
 use crate::strip::MAX_NR;
 
@@ -20,6 +20,8 @@ pub(crate) struct Scores<'w, S: Simd, const NV: usize> {
     pub(crate) k: *const f32,
     pub(crate) k_stride: isize,
     pub(crate) depth: usize,
+    /// Whether all queries are in the first vector: the end of a sequence.
+    pub(crate) one_vector: bool,
     pub(crate) queries: &'w [f32],
     pub(crate) scores: &'w mut [f32],
     pub(crate) max: [S::F32; NV],
@@ -62,7 +64,7 @@ impl<S: Simd, const NV: usize> RowsOp for Scores<'_, S, NV> {
             upcoming.prefetch(s, first..first + ROWS);
         }
         // SAFETY: key rows first..first + ROWS exist and have `depth` values; the packed queries are [depth][nr].
-        let mut acc = unsafe { tile::<S, _, ROWS, NV>(s, self.depth, lhs, rhs) };
+        let mut acc = unsafe { used_lanes::<S, _, ROWS, NV, true>(s, self.depth, lhs, rhs, self.one_vector) };
         // Opaque, or the compiler would keep parts of it in registers through the product's loop, which needs them all.
         if let Some(ops) = core::hint::black_box(self.ops) {
             ops.apply(s, first, &mut acc, self.bias);
@@ -77,12 +79,60 @@ impl<S: Simd, const NV: usize> RowsOp for Scores<'_, S, NV> {
     }
 }
 
+/// The tile; with `LINKS` in links, where there are registers for it.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn sums<S: Simd, L: Lhs, const ROWS: usize, const NV: usize, const LINKS: bool>(
+    s: S,
+    depth: usize,
+    lhs: L,
+    rhs: Rhs,
+) -> Acc<S, ROWS, NV> {
+    // SAFETY: the caller's promise, in both.
+    unsafe {
+        if LINKS && S::REGISTERS >= 32 {
+            tile_in_links::<S, L, ROWS, NV>(s, depth, lhs, rhs)
+        } else {
+            tile::<S, L, ROWS, NV>(s, depth, lhs, rhs)
+        }
+    }
+}
+
+/// The tile; with `one_vector` of its first vector alone, the others zero.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn used_lanes<S: Simd, L: Lhs, const ROWS: usize, const NV: usize, const LINKS: bool>(
+    s: S,
+    depth: usize,
+    lhs: L,
+    rhs: Rhs,
+    one_vector: bool,
+) -> Acc<S, ROWS, NV> {
+    if NV == 1 || !one_vector {
+        // SAFETY: the caller's promise.
+        return unsafe { sums::<S, L, ROWS, NV, LINKS>(s, depth, lhs, rhs) };
+    }
+    // SAFETY: as above.
+    let narrow = unsafe { sums::<S, L, ROWS, 1, LINKS>(s, depth, lhs, rhs) };
+    let mut acc = [[s.zero(); NV]; ROWS];
+    for (row, [first]) in acc.iter_mut().zip(narrow) {
+        row[0] = first;
+    }
+    acc
+}
+
 /// The second product: tile rows are value dims, lanes are queries.
 pub(crate) struct WeightedSum<'w, S, const NV: usize> {
     pub(crate) s: S,
     pub(crate) v: *const f32,
     pub(crate) v_stride: isize,
     pub(crate) keys: usize,
+    /// Whether all queries are in the first vector.
+    pub(crate) one_vector: bool,
     pub(crate) weights: &'w [f32],
     pub(crate) outputs: &'w mut [f32],
     /// In memory: as vectors they would stay in registers through the products' loop, which needs them all.
@@ -97,7 +147,7 @@ impl<S: Simd, const NV: usize> RowsOp for WeightedSum<'_, S, NV> {
         let rhs = Rhs { ptr: self.weights.as_ptr(), stride: nr as isize };
         debug_assert_eq!(self.weights.len(), self.keys * nr);
         // SAFETY: the `keys` value rows have dims first..first + ROWS; the weights are [keys][nr].
-        let acc = unsafe { tile::<S, _, ROWS, NV>(s, self.keys, lhs, rhs) };
+        let acc = unsafe { used_lanes::<S, _, ROWS, NV, false>(s, self.keys, lhs, rhs, self.one_vector) };
         let out = &mut self.outputs[first * nr..][..ROWS * nr];
         // Opaque, or the compiler would load the factors before the loop after all.
         let alpha = core::hint::black_box(self.alpha);

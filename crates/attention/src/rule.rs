@@ -89,14 +89,25 @@ impl<F: Fn(Place, f32) -> f32 + Copy + Send + Sync> ScoreRule for PerScore<F> {
     }
 }
 
+/// A closure as a mask; see [`mask_mod`].
+#[derive(Clone, Copy, Debug)]
+pub struct PerPlace<F>(F);
+
+impl<F: Fn(Place) -> bool + Copy + Send + Sync> ScoreRule for PerPlace<F> {
+    #[inline(always)]
+    fn apply<S: Simd>(&self, s: S, lanes: &RuleLanes<S>, key: usize, scores: S::F32) -> S::F32 {
+        let sees = self.0;
+        PerScore(move |place, score| if sees(place) { score } else { f32::NEG_INFINITY })
+            .apply(s, lanes, key, scores)
+    }
+}
+
 /// A rule from a closure that gets a score and its place and returns the new score (FlexAttention's score_mod).
 pub fn score_mod<F: Fn(Place, f32) -> f32 + Copy + Send + Sync>(f: F) -> PerScore<F> {
     PerScore(f)
 }
 
 /// A rule from a closure that says whether the query of a place sees its key (FlexAttention's mask_mod).
-pub fn mask_mod(
-    sees: impl Fn(Place) -> bool + Copy + Send + Sync,
-) -> PerScore<impl Fn(Place, f32) -> f32 + Copy + Send + Sync> {
-    PerScore(move |place, score| if sees(place) { score } else { f32::NEG_INFINITY })
+pub fn mask_mod<F: Fn(Place) -> bool + Copy + Send + Sync>(sees: F) -> PerPlace<F> {
+    PerPlace(sees)
 }

@@ -13,6 +13,7 @@
 use half::{bf16, f16};
 use qkv_simd::Simd;
 
+use crate::few_rows::RowKind;
 use crate::{TensorError, TensorMut, TensorRef};
 
 /// A borrowed tensor (batch, heads, length, dim) of any storage type.
@@ -93,40 +94,24 @@ impl<'a> Int8Ref<'a> {
     }
 }
 
-impl<'a> From<TensorRef<'a, f32>> for Data<'a> {
-    fn from(tensor: TensorRef<'a, f32>) -> Self {
-        Data::F32(tensor)
-    }
+macro_rules! from {
+    ($($View:ty => $Data:ident::$variant:ident;)*) => {
+        $(impl<'a> From<$View> for $Data<'a> {
+            fn from(tensor: $View) -> Self {
+                $Data::$variant(tensor)
+            }
+        })*
+    };
 }
-impl<'a> From<TensorRef<'a, f16>> for Data<'a> {
-    fn from(tensor: TensorRef<'a, f16>) -> Self {
-        Data::F16(tensor)
-    }
-}
-impl<'a> From<TensorRef<'a, bf16>> for Data<'a> {
-    fn from(tensor: TensorRef<'a, bf16>) -> Self {
-        Data::Bf16(tensor)
-    }
-}
-impl<'a> From<Int8Ref<'a>> for Data<'a> {
-    fn from(tensor: Int8Ref<'a>) -> Self {
-        Data::Int8(tensor)
-    }
-}
-impl<'a> From<TensorMut<'a, f32>> for DataMut<'a> {
-    fn from(tensor: TensorMut<'a, f32>) -> Self {
-        DataMut::F32(tensor)
-    }
-}
-impl<'a> From<TensorMut<'a, f16>> for DataMut<'a> {
-    fn from(tensor: TensorMut<'a, f16>) -> Self {
-        DataMut::F16(tensor)
-    }
-}
-impl<'a> From<TensorMut<'a, bf16>> for DataMut<'a> {
-    fn from(tensor: TensorMut<'a, bf16>) -> Self {
-        DataMut::Bf16(tensor)
-    }
+
+from! {
+    TensorRef<'a, f32> => Data::F32;
+    TensorRef<'a, f16> => Data::F16;
+    TensorRef<'a, bf16> => Data::Bf16;
+    Int8Ref<'a> => Data::Int8;
+    TensorMut<'a, f32> => DataMut::F32;
+    TensorMut<'a, f16> => DataMut::F16;
+    TensorMut<'a, bf16> => DataMut::Bf16;
 }
 
 impl Data<'_> {
@@ -174,6 +159,16 @@ impl Data<'_> {
             Data::F32(_) => 4 * dim,
             Data::F16(_) | Data::Bf16(_) => 2 * dim,
             Data::Int8(x) => dim + 4 * x.scales.shape()[3] * if x.zeros.is_some() { 2 } else { 1 },
+        }
+    }
+
+    /// What rows consist of, where they can be widened in registers: not 8-bit values with zero points or several scales.
+    pub(crate) fn row_kind(&self) -> Option<RowKind> {
+        match self {
+            Data::F32(_) => Some(RowKind::F32),
+            Data::F16(_) => Some(RowKind::F16),
+            Data::Bf16(_) => Some(RowKind::Bf16),
+            Data::Int8(x) => (x.zeros.is_none() && x.scales.shape()[3] == 1).then_some(RowKind::Int8),
         }
     }
 
@@ -236,19 +231,35 @@ impl Data<'_> {
 }
 
 /// A type that widens to f32.
-trait Element: Copy {
+pub(crate) trait Element: Copy {
+    /// Whether rows of it have a scale.
+    const SCALED: bool = false;
     /// `LANES` values from `p` on.
     ///
     /// # Safety
     /// They must be readable.
     unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F32;
+    /// `n` values from `p` on, at most `LANES`; the other lanes are 0.
+    ///
+    /// # Safety
+    /// They must be readable.
+    #[inline(always)]
+    unsafe fn load_partial<S: Simd>(s: S, p: *const Self, n: usize) -> S::F32 {
+        let mut lanes = [0.0; 16];
+        for (i, lane) in lanes.iter_mut().enumerate().take(n) {
+            // SAFETY: i < n.
+            *lane = unsafe { *p.add(i) }.widened();
+        }
+        s.load(&lanes)
+    }
     /// One value.
     fn widened(self) -> f32;
 }
 
 macro_rules! elements {
-    ($($t:ty, $load:ident, |$x:ident| $widened:expr;)*) => {
+    ($($t:ty, $load:ident, |$x:ident| $widened:expr $(, { $($own:tt)* })?;)*) => {
         $(impl Element for $t {
+            $($($own)*)?
             #[inline(always)]
             unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F32 {
                 // SAFETY: the caller's promise; the half types are their bits.
@@ -264,10 +275,16 @@ macro_rules! elements {
 }
 
 elements! {
-    f32, load_ptr, |x| x;
+    f32, load_ptr, |x| x, {
+        #[inline(always)]
+        unsafe fn load_partial<S: Simd>(s: S, p: *const f32, n: usize) -> S::F32 {
+            // SAFETY: the caller's promise.
+            unsafe { s.load_partial(p, n) }
+        }
+    };
     f16, load_f16, |x| x.to_f32();
     bf16, load_bf16, |x| x.to_f32();
-    i8, load_i8, |x| f32::from(x);
+    i8, load_i8, |x| f32::from(x), { const SCALED: bool = true; };
 }
 
 /// Rows ahead of the one being widened that are asked for: about the time of a memory access.

@@ -216,18 +216,6 @@ impl<'a, T> TensorRef<'a, T> {
         Ok(Self { ptr, geometry, life: PhantomData })
     }
 
-    /// Sizes: (batch, heads, length, dim).
-    #[must_use]
-    pub fn shape(&self) -> [usize; 4] {
-        self.geometry.shape
-    }
-
-    /// Strides in values, the last always 1.
-    #[must_use]
-    pub fn strides(&self) -> [isize; 4] {
-        self.geometry.all_strides()
-    }
-
     /// One row: the `dim` values of (batch, head, position).
     ///
     /// # Panics
@@ -246,11 +234,6 @@ impl<'a, T> TensorRef<'a, T> {
     /// The address of a row, for the kernels.
     pub(crate) fn row_ptr(&self, batch: usize, head: usize, position: usize) -> *const T {
         self.ptr.wrapping_offset(self.geometry.row(batch, head, position))
-    }
-
-    /// Values from one position to the next.
-    pub(crate) fn position_stride(&self) -> isize {
-        self.geometry.strides[2]
     }
 
     /// Where a row begins, bytes from one position to the next, and bytes of a row.
@@ -277,8 +260,7 @@ impl<'a, T> TensorMut<'a, T> {
     /// # Errors
     /// Where `data` is shorter than the shape needs.
     pub fn from_slice(data: &'a mut [T], shape: [usize; 4]) -> Result<Self, TensorError> {
-        let geometry = Geometry::contiguous(shape)?;
-        geometry.check_bounds(0, data.len())?;
+        let geometry = TensorRef::from_slice(data, shape)?.geometry;
         Ok(Self { ptr: data.as_mut_ptr(), geometry, life: PhantomData })
     }
 
@@ -292,8 +274,7 @@ impl<'a, T> TensorMut<'a, T> {
         shape: [usize; 4],
         strides: [isize; 4],
     ) -> Result<Self, TensorError> {
-        let geometry = Geometry::strided(shape, strides)?;
-        geometry.check_bounds(offset, data.len())?;
+        let geometry = TensorRef::from_slice_strided(data, offset, shape, strides)?.geometry;
         geometry.check_disjoint()?;
         Ok(Self { ptr: data.as_mut_ptr().wrapping_add(offset), geometry, life: PhantomData })
     }
@@ -324,18 +305,6 @@ impl<'a, T> TensorMut<'a, T> {
         Ok(Self { ptr, geometry, life: PhantomData })
     }
 
-    /// Sizes: (batch, heads, length, dim).
-    #[must_use]
-    pub fn shape(&self) -> [usize; 4] {
-        self.geometry.shape
-    }
-
-    /// Strides in values, the last always 1.
-    #[must_use]
-    pub fn strides(&self) -> [isize; 4] {
-        self.geometry.all_strides()
-    }
-
     /// The same memory, read.
     #[must_use]
     pub fn as_ref(&self) -> TensorRef<'_, T> {
@@ -352,12 +321,33 @@ impl<'a, T> TensorMut<'a, T> {
     pub(crate) fn row_ptr(&self, batch: usize, head: usize, position: usize) -> *mut T {
         self.ptr.wrapping_offset(self.geometry.row(batch, head, position))
     }
-
-    /// Values from one position to the next.
-    pub(crate) fn position_stride(&self) -> isize {
-        self.geometry.strides[2]
-    }
 }
+
+/// What both views can be asked.
+macro_rules! geometry_of {
+    ($View:ident) => {
+        impl<T> $View<'_, T> {
+            /// Sizes: (batch, heads, length, dim).
+            #[must_use]
+            pub fn shape(&self) -> [usize; 4] {
+                self.geometry.shape
+            }
+
+            /// Strides in values, the last always 1.
+            #[must_use]
+            pub fn strides(&self) -> [isize; 4] {
+                self.geometry.all_strides()
+            }
+
+            /// Values from one position to the next.
+            pub(crate) fn position_stride(&self) -> isize {
+                self.geometry.strides[2]
+            }
+        }
+    };
+}
+geometry_of!(TensorRef);
+geometry_of!(TensorMut);
 
 /// Strides of a (batch, heads, length, dim) view of a contiguous (batch, length, heads, dim) buffer.
 fn bshd_strides(shape: [usize; 4]) -> Result<[isize; 4], TensorError> {

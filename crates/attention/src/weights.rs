@@ -95,6 +95,7 @@ fn weights_of(
         weights: Some(selected),
         spec,
         rule: NoRule,
+        isa,
         units,
         plan,
         shared: None,

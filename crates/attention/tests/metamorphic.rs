@@ -4,13 +4,10 @@ mod common;
 
 use common::random as tensor;
 use qkv_attention::merge::{Part, merge};
-use qkv_attention::rule::{RuleLanes, RuleRows, ScoreRule, mask_mod, score_mod};
 use qkv_attention::{
     AttentionSpec, Bias, BlockMask, Broadcast, Causal, Outputs, Packed, Selection, Tensor, TensorRef, Window,
-    attention, attention_into, attention_packed, attention_weights, attention_with_lse, attention_with_rule,
-    explain, reference,
+    attention, attention_into, attention_packed, attention_weights, attention_with_lse, explain,
 };
-use qkv_simd::Simd;
 
 fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
@@ -194,10 +191,6 @@ fn a_dense_mask_is_what_it_describes_bit_for_bit() {
         let got = attention(q.view(), k.view(), v.view(), &spec).unwrap();
         assert_eq!(bits(got.data()), bits(want.data()), "{what}");
     }
-    let rule = mask_mod(move |at| sees(at.query, at.key));
-    let mut got = Tensor::zeros(want.shape()).unwrap();
-    attention_with_rule(q.view(), k.view(), v.view(), &spec, rule, Outputs::new(got.view_mut())).unwrap();
-    close(got.data(), want.data(), 1e-6);
 }
 
 #[test]
@@ -234,67 +227,6 @@ fn nan_and_infinity_behind_any_mask_change_nothing() {
             assert_eq!(bits(&got.1), bits(&want.1), "{poison}");
         }
     }
-}
-
-/// ALiBi as a caller would write it.
-#[derive(Clone, Copy)]
-struct OwnAlibi {
-    slope: f32,
-}
-
-impl ScoreRule for OwnAlibi {
-    #[inline(always)]
-    fn apply<S: Simd>(&self, s: S, lanes: &RuleLanes<S>, key: usize, scores: S::F32) -> S::F32 {
-        let distance = s.abs(s.sub(lanes.position, s.splat(key as f32)));
-        s.mul_add(distance, s.splat(-self.slope), scores)
-    }
-}
-
-/// Only the keys around 100, skipping all others.
-#[derive(Clone, Copy)]
-struct Around100;
-
-impl ScoreRule for Around100 {
-    fn keys(&self, rows: &RuleRows) -> core::ops::Range<usize> {
-        assert!(rows.queries.end <= rows.query_len && rows.heads.end <= 4);
-        95..105.min(rows.key_len)
-    }
-    #[inline(always)]
-    fn apply<S: Simd>(&self, s: S, _: &RuleLanes<S>, key: usize, scores: S::F32) -> S::F32 {
-        if (95..105).contains(&key) { scores } else { s.splat(f32::NEG_INFINITY) }
-    }
-}
-
-#[test]
-fn rules_of_a_caller() {
-    let (q, k, v) = qkv(4, 2, 70, 200);
-    let spec = AttentionSpec::new().with_causal(Causal::BottomRight);
-    let want = attention(q.view(), k.view(), v.view(), &spec.clone().with_alibi_slopes(&[0.07; 4])).unwrap();
-    let mut got = Tensor::zeros(want.shape()).unwrap();
-    let rule = OwnAlibi { slope: 0.07 };
-    attention_with_rule(q.view(), k.view(), v.view(), &spec, rule, Outputs::new(got.view_mut())).unwrap();
-    close(got.data(), want.data(), 2e-6);
-    // The same per score; query 0 stands at position 130.
-    let rule = score_mod(|at, score| score - 0.07 * (at.query as f32 + 130.0 - at.key as f32).abs());
-    attention_with_rule(q.view(), k.view(), v.view(), &spec, rule, Outputs::new(got.view_mut())).unwrap();
-    close(got.data(), want.data(), 2e-6);
-
-    let spec = AttentionSpec::new();
-    let want = attention(q.view(), keys(&k, 95, 105), keys(&v, 95, 105), &spec).unwrap();
-    attention_with_rule(q.view(), k.view(), v.view(), &spec, Around100, Outputs::new(got.view_mut()))
-        .unwrap();
-    close(got.data(), want.data(), 1e-6);
-
-    // A rule that tells batches, heads and places apart, against the same rule in the reference.
-    let rule = |at: reference::Place, score: f32| {
-        score * 0.5 + (at.batch * 3 + at.head) as f32 * 0.1 - ((at.query * 7 + at.key * 5) % 11) as f32 * 0.2
-    };
-    let exact = reference::by_the_book(q.view(), k.view(), v.view(), spec.scale_for(32), |at, score: f64| {
-        f64::from(rule(at, score as f32))
-    });
-    attention_with_rule(q.view(), k.view(), v.view(), &spec, score_mod(rule), Outputs::new(got.view_mut()))
-        .unwrap();
-    common::assert_close("rule", got.data(), exact.output.data(), 2e-6);
 }
 
 #[test]

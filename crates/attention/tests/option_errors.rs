@@ -1,9 +1,8 @@
 //! Every option that can be wrong is refused by a typed error that names it, and nothing is written.
 
-use qkv_attention::rule::score_mod;
 use qkv_attention::{
     AttentionError, AttentionSpec, Bias, BlockMask, Broadcast, Causal, Outputs, Packed, T5Bias, Tensor,
-    Window, attention, attention_into, attention_packed, attention_with_rule,
+    Window, attention, attention_into, attention_packed,
 };
 
 fn tensors() -> (Tensor, Tensor) {
@@ -146,17 +145,4 @@ fn packed_batches() {
     let error =
         attention_packed(q.view(), k.view(), k.view(), packed, &AttentionSpec::new(), outputs).unwrap_err();
     assert!(error.to_string().starts_with("query: batch is 2, expected 1"));
-}
-
-#[test]
-fn rules_on_sequences_whose_positions_f32_cannot_tell_apart() {
-    let data = [0.0f32; 8];
-    let long = qkv_attention::TensorRef::from_slice_strided(&data, 0, [1, 1, (1 << 24) + 1, 8], [0, 0, 0, 1])
-        .unwrap();
-    let one = qkv_attention::TensorRef::from_slice(&data, [1, 1, 1, 8]).unwrap();
-    let mut out = Tensor::zeros([1, 1, 1, 8]).unwrap();
-    let outputs = Outputs::new(out.view_mut());
-    let error = attention_with_rule(one, long, long, &AttentionSpec::new(), score_mod(|_, s| s), outputs)
-        .unwrap_err();
-    assert!(error.to_string().starts_with("key: length 16777217, expected at most"), "{error}");
 }

@@ -66,11 +66,16 @@ fn all_axes(batch: &BatchAxes, layout: Layout) -> ([(usize, isize); MAX_BATCH_AX
     (axes, batch.rank + 2)
 }
 
-/// Checks that a batch lies inside a slice of `len` values.
-fn check_inside(layout: Layout, batch: &BatchAxes, len: usize, offset: usize) -> Result<(), GemmError> {
+/// The layout (rows, cols, row stride, column stride) of matrices of a batch that lies inside a slice of `len` values.
+fn inside(
+    (rows, cols, row_stride, col_stride): (usize, usize, isize, isize),
+    batch: &BatchAxes,
+    len: usize,
+    offset: usize,
+) -> Result<Layout, GemmError> {
+    let layout = Layout { rows, cols, row_stride, col_stride };
     let (axes, rank) = all_axes(batch, layout);
     let axes = &axes[..rank];
-    let Layout { rows, cols, row_stride, col_stride } = layout;
     let overflow = GemmError::Overflow { argument: "data", rows, cols, row_stride, col_stride };
     let Some((before, after)) = reach(axes) else { return Err(overflow) };
     // The number of matrices must be representable too: with stride 0 nothing else bounds it.
@@ -79,7 +84,8 @@ fn check_inside(layout: Layout, batch: &BatchAxes, len: usize, offset: usize) ->
     if !empty && count.is_none() {
         return Err(overflow);
     }
-    check_reach("data", len, offset, before, after, empty).unwrap_or(Err(overflow))
+    check_reach("data", len, offset, before, after, empty).unwrap_or(Err(overflow))?;
+    Ok(layout)
 }
 
 /// A batch of matrices that is read.
@@ -100,9 +106,7 @@ impl<'a> BatchRef<'a> {
         batch: BatchAxes,
         matrix: (usize, usize, isize, isize),
     ) -> Result<Self, GemmError> {
-        let (rows, cols, row_stride, col_stride) = matrix;
-        let layout = Layout { rows, cols, row_stride, col_stride };
-        check_inside(layout, &batch, data.len(), offset)?;
+        let layout = inside(matrix, &batch, data.len(), offset)?;
         // SAFETY: every element of every matrix is inside `data`.
         let first = unsafe { MatRef::from_layout(data.as_ptr().add(offset), layout) };
         Ok(Self { first, batch })
@@ -115,22 +119,6 @@ impl<'a> BatchRef<'a> {
     #[must_use]
     pub unsafe fn from_raw_parts(first: MatRef<'a>, batch: BatchAxes) -> Self {
         Self { first, batch }
-    }
-
-    /// The axes of the batch.
-    #[must_use]
-    pub fn batch(&self) -> &BatchAxes {
-        &self.batch
-    }
-    /// Rows of each matrix.
-    #[must_use]
-    pub fn rows(&self) -> usize {
-        self.first.rows()
-    }
-    /// Columns of each matrix.
-    #[must_use]
-    pub fn cols(&self) -> usize {
-        self.first.cols()
     }
 }
 
@@ -160,9 +148,7 @@ impl<'a> BatchMut<'a> {
         batch: BatchAxes,
         matrix: (usize, usize, isize, isize),
     ) -> Result<Self, GemmError> {
-        let (rows, cols, row_stride, col_stride) = matrix;
-        let layout = Layout { rows, cols, row_stride, col_stride };
-        check_inside(layout, &batch, data.len(), offset)?;
+        let layout = inside(matrix, &batch, data.len(), offset)?;
         if !nested(&batch, layout) {
             let (axes, rank) = all_axes(&batch, layout);
             return Err(GemmError::Overlap {
@@ -184,23 +170,32 @@ impl<'a> BatchMut<'a> {
     pub unsafe fn from_raw_parts(first: MatMut<'a>, batch: BatchAxes) -> Self {
         Self { first, batch }
     }
-
-    /// The axes of the batch.
-    #[must_use]
-    pub fn batch(&self) -> &BatchAxes {
-        &self.batch
-    }
-    /// Rows of each matrix.
-    #[must_use]
-    pub fn rows(&self) -> usize {
-        self.first.rows()
-    }
-    /// Columns of each matrix.
-    #[must_use]
-    pub fn cols(&self) -> usize {
-        self.first.cols()
-    }
 }
+
+/// What both batches can be asked.
+macro_rules! shape_of {
+    ($Batch:ident) => {
+        impl $Batch<'_> {
+            /// The axes of the batch.
+            #[must_use]
+            pub fn batch(&self) -> &BatchAxes {
+                &self.batch
+            }
+            /// Rows of each matrix.
+            #[must_use]
+            pub fn rows(&self) -> usize {
+                self.first.rows()
+            }
+            /// Columns of each matrix.
+            #[must_use]
+            pub fn cols(&self) -> usize {
+                self.first.cols()
+            }
+        }
+    };
+}
+shape_of!(BatchRef);
+shape_of!(BatchMut);
 
 /// Whether each axis steps over all that axes with smaller strides reach, which keeps elements apart.
 fn nested(batch: &BatchAxes, layout: Layout) -> bool {

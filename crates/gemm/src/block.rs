@@ -13,6 +13,7 @@
 use qkv_simd::{Isa, Simd};
 
 use crate::pack::{Source, pack_rhs_raw};
+use crate::row_tiles::{next_rows, with_rows};
 use crate::tile::{Acc, Columns, Lhs, Rhs, Rows, tile, tile_packing};
 use crate::writeback::{BiasFloor, Block, Finish, Plain, Scale, Simple, Target, store_registers};
 
@@ -74,18 +75,6 @@ pub(crate) struct RhsPanels {
     pub(crate) fresh: Option<Source>,
 }
 
-/// The rows of the next tile where `left` rows are left: `mr` as long as there are enough, and at the end two tiles of
-/// about half each rather than a tile with too few accumulators to hide the latency of the multiply-add: 7 rows are
-/// 4 + 3, not 6 + 1.
-#[inline(always)]
-pub(crate) fn next_rows(left: usize, mr: usize, any_row: bool) -> usize {
-    if !any_row || left <= mr || left >= 2 * mr || left + 2 >= 2 * mr {
-        left.min(mr)
-    } else {
-        left.div_ceil(2)
-    }
-}
-
 /// How sums leave the registers.
 #[derive(Clone, Copy)]
 pub(crate) enum Leave<'a> {
@@ -110,24 +99,6 @@ pub(crate) struct Job<'a> {
     /// Batch, row and column of the block in C.
     pub(crate) place: (usize, usize, usize),
 }
-
-/// Evaluates `$body` with the constant `$r` equal to `$rows`, which is at most `$mr`.
-macro_rules! with_rows {
-    ($rows:expr, $mr:expr, $r:ident => $body:block) => {
-        with_rows!(@ $rows, $mr, $r, $body, 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16)
-    };
-    (@ $rows:expr, $mr:expr, $r:ident, $body:block, $($n:literal)*) => {
-        match $rows {
-            // The second condition is constant: arms above the tile's rows leave no machine code.
-            $($n if $n <= $mr => {
-                const $r: usize = $n;
-                $body
-            })*
-            _ => {}
-        }
-    };
-}
-pub(crate) use with_rows;
 
 /// Values of the largest tile of any instruction set.
 const LARGEST_TILE: usize = 16 * 32;
@@ -271,27 +242,4 @@ unsafe fn emit<S: Simd, const R: usize, const NV: usize>(
     let block = Block { sums: spill.as_ptr(), stride: nr, rows: R, cols, scale: job.scale, c, place };
     // SAFETY: the sums were written above to whole vectors; C as before.
     unsafe { finish.finish(job.isa, block) };
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tiles_cover_the_rows_without_a_thin_one() {
-        for mr in [4, 6, 14] {
-            for rows in 0..100 {
-                let (mut left, mut sizes) = (rows, Vec::new());
-                while left > 0 {
-                    let next = next_rows(left, mr, true);
-                    assert!((1..=mr).contains(&next));
-                    sizes.push(next);
-                    left -= next;
-                }
-                assert_eq!(sizes.iter().sum::<usize>(), rows);
-                assert_eq!(sizes.len(), rows.div_ceil(mr));
-                assert!(rows < mr || sizes.iter().all(|&r| 2 * r >= mr), "{rows} rows as {sizes:?}");
-            }
-        }
-    }
 }

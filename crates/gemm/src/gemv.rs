@@ -15,12 +15,12 @@
 
 use qkv_simd::Simd;
 
-use crate::block::{next_rows, with_rows};
 use crate::driver::{Operand, Product, Weights};
 use crate::epilogue::Identity;
 use crate::pack::{Source, pack_rhs_raw};
 use crate::parallel::{Tasks, run_inline, run_tasks};
 use crate::params::{KC, block_depth, cores};
+use crate::row_tiles::{next_rows, with_rows};
 use crate::scratch::with_scratch;
 use crate::shapes::{KernelShape, TileOp, with_tile};
 use crate::tile::{Rhs, Rows, tile_onto};

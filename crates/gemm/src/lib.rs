@@ -18,7 +18,7 @@
 //! - Doors: [`gemm`], [`gemm_packed`], [`gemm_batched`], [`gemm_with_epilogue`]; `gemm.rs`, `batched.rs`.
 //! - Operands: [`MatRef`], [`MatMut`] (`matrix.rs`), [`PackedRhs`] (`packed.rs`), [`BatchRef`], [`BatchMut`].
 //! - The five loops, outermost first: `driver.rs` (tasks, blocks of k and of rows), `block.rs` (panels and tiles),
-//!   [`tile`](mod@tile) (registers). Block sizes: `params.rs` from the caches ([`CacheInfo`]); tile shapes: `shapes.rs`.
+//!   [`for_row_tiles`] (`row_tiles.rs`, the cut into tiles), [`tile`](mod@tile) (registers). Block sizes: `params.rs` from the caches ([`CacheInfo`]); tile shapes: `shapes.rs`.
 //! - Few rows or columns: `gemv.rs`.
 //! - Copies in the tile's order: [`pack_lhs`], [`pack_rhs`]; what happens to sums: `writeback.rs`, [`Epilogue`].
 //! - Threads: `parallel.rs`; memory: [`AlignedBuf`], [`with_scratch`].
@@ -40,6 +40,7 @@ mod pack;
 mod packed;
 pub mod parallel;
 mod params;
+mod row_tiles;
 mod scratch;
 mod shapes;
 pub mod tile;
@@ -54,6 +55,7 @@ pub use matrix::{MatMut, MatRef};
 pub use pack::{pack_lhs, pack_rhs, packed_len};
 pub use packed::PackedRhs;
 pub use params::Blocking;
+pub use row_tiles::{RowsOp, for_row_tiles};
 pub use scratch::{AlignedBuf, KEPT, with_scratch};
 pub use shapes::{KernelShape, TileOp, with_tile};
 

@@ -181,48 +181,6 @@ impl<'a> MatRef<'a> {
         Ok(unsafe { Self::from_layout(data.as_ptr().add(offset), layout) })
     }
 
-    /// A matrix at an address; units as in [`Self::from_slice_strided`].
-    ///
-    /// # Safety
-    /// Every element must be valid for reads and unchanged for `'a`, all within one allocation.
-    #[must_use]
-    pub unsafe fn from_raw_parts(
-        ptr: *const f32,
-        rows: usize,
-        cols: usize,
-        row_stride: isize,
-        col_stride: isize,
-    ) -> Self {
-        // SAFETY: the caller's promise.
-        unsafe { Self::from_layout(ptr, Layout { rows, cols, row_stride, col_stride }) }
-    }
-
-    /// # Safety
-    /// As [`Self::from_raw_parts`].
-    pub(crate) unsafe fn from_layout(ptr: *const f32, layout: Layout) -> Self {
-        Self { ptr, layout, values: PhantomData }
-    }
-
-    /// Rows.
-    #[must_use]
-    pub fn rows(&self) -> usize {
-        self.layout.rows
-    }
-    /// Columns.
-    #[must_use]
-    pub fn cols(&self) -> usize {
-        self.layout.cols
-    }
-    /// Values from one row to the next.
-    #[must_use]
-    pub fn row_stride(&self) -> isize {
-        self.layout.row_stride
-    }
-    /// Values from one column to the next.
-    #[must_use]
-    pub fn col_stride(&self) -> isize {
-        self.layout.col_stride
-    }
     /// The address of element (0, 0); dangling where the matrix is empty.
     #[must_use]
     pub fn as_ptr(&self) -> *const f32 {
@@ -235,22 +193,6 @@ impl<'a> MatRef<'a> {
         // SAFETY: the element is inside the matrix, all of which is readable.
         (i < rows && j < cols)
             .then(|| unsafe { *self.ptr.offset(i as isize * row_stride + j as isize * col_stride) })
-    }
-
-    /// The transpose: the same values with the axes swapped.
-    #[must_use]
-    pub fn t(self) -> Self {
-        Self { layout: self.layout.transposed(), ..self }
-    }
-
-    /// The sub-matrix of these rows and columns.
-    ///
-    /// # Errors
-    /// [`GemmError::Range`] where a range runs backwards or out of the matrix.
-    pub fn sub(self, rows: Range<usize>, cols: Range<usize>) -> Result<Self, GemmError> {
-        let (offset, layout) = self.layout.sub(rows, cols)?;
-        // SAFETY: the element that `offset` leads to is inside the matrix (or the offset is 0).
-        Ok(unsafe { Self::from_layout(self.ptr.offset(offset), layout) })
     }
 }
 
@@ -290,8 +232,7 @@ impl<'a> MatMut<'a> {
         row_stride: isize,
         col_stride: isize,
     ) -> Result<Self, GemmError> {
-        let layout = Layout { rows, cols, row_stride, col_stride };
-        layout.check("data", data.len(), offset)?;
+        let layout = MatRef::from_slice_strided(data, offset, rows, cols, row_stride, col_stride)?.layout;
         if layout.overlaps() {
             return Err(GemmError::Overlap {
                 argument: "data",
@@ -303,49 +244,6 @@ impl<'a> MatMut<'a> {
         Ok(unsafe { Self::from_layout(data.as_mut_ptr().add(offset), layout) })
     }
 
-    /// A matrix at an address; units as in [`Self::from_slice_strided`].
-    ///
-    /// # Safety
-    /// Every element must be valid for reads and writes, reachable through this view alone for `'a`, and have memory of
-    /// its own, all within one allocation. The values need be initialised only where they are read (beta not 0).
-    #[must_use]
-    pub unsafe fn from_raw_parts(
-        ptr: *mut f32,
-        rows: usize,
-        cols: usize,
-        row_stride: isize,
-        col_stride: isize,
-    ) -> Self {
-        // SAFETY: the caller's promise.
-        unsafe { Self::from_layout(ptr, Layout { rows, cols, row_stride, col_stride }) }
-    }
-
-    /// # Safety
-    /// As [`Self::from_raw_parts`].
-    pub(crate) unsafe fn from_layout(ptr: *mut f32, layout: Layout) -> Self {
-        Self { ptr, layout, values: PhantomData }
-    }
-
-    /// Rows.
-    #[must_use]
-    pub fn rows(&self) -> usize {
-        self.layout.rows
-    }
-    /// Columns.
-    #[must_use]
-    pub fn cols(&self) -> usize {
-        self.layout.cols
-    }
-    /// Values from one row to the next.
-    #[must_use]
-    pub fn row_stride(&self) -> isize {
-        self.layout.row_stride
-    }
-    /// Values from one column to the next.
-    #[must_use]
-    pub fn col_stride(&self) -> isize {
-        self.layout.col_stride
-    }
     /// The address of element (0, 0); dangling where the matrix is empty.
     #[must_use]
     pub fn as_mut_ptr(&mut self) -> *mut f32 {
@@ -362,20 +260,81 @@ impl<'a> MatMut<'a> {
     pub fn reborrow(&mut self) -> MatMut<'_> {
         MatMut { ptr: self.ptr, layout: self.layout, values: PhantomData }
     }
-
-    /// The transpose: the same values with the axes swapped.
-    #[must_use]
-    pub fn t(self) -> Self {
-        Self { layout: self.layout.transposed(), ..self }
-    }
-
-    /// The sub-matrix of these rows and columns.
-    ///
-    /// # Errors
-    /// As [`MatRef::sub`].
-    pub fn sub(self, rows: Range<usize>, cols: Range<usize>) -> Result<Self, GemmError> {
-        let (offset, layout) = self.layout.sub(rows, cols)?;
-        // SAFETY: the element that `offset` leads to is inside the matrix (or the offset is 0).
-        Ok(unsafe { Self::from_layout(self.ptr.offset(offset), layout) })
-    }
 }
+
+/// What both views are made and asked by: from an address, sizes and strides, the transpose, sub-matrices.
+macro_rules! view {
+    ($View:ident, $ptr:ty, $(#[$safety:meta])*) => {
+        impl $View<'_> {
+            $(#[$safety])*
+            #[must_use]
+            pub unsafe fn from_raw_parts(
+                ptr: $ptr,
+                rows: usize,
+                cols: usize,
+                row_stride: isize,
+                col_stride: isize,
+            ) -> Self {
+                // SAFETY: the caller's promise.
+                unsafe { Self::from_layout(ptr, Layout { rows, cols, row_stride, col_stride }) }
+            }
+
+            /// # Safety
+            /// As [`Self::from_raw_parts`].
+            pub(crate) unsafe fn from_layout(ptr: $ptr, layout: Layout) -> Self {
+                Self { ptr, layout, values: PhantomData }
+            }
+
+            /// Rows.
+            #[must_use]
+            pub fn rows(&self) -> usize {
+                self.layout.rows
+            }
+            /// Columns.
+            #[must_use]
+            pub fn cols(&self) -> usize {
+                self.layout.cols
+            }
+            /// Values from one row to the next.
+            #[must_use]
+            pub fn row_stride(&self) -> isize {
+                self.layout.row_stride
+            }
+            /// Values from one column to the next.
+            #[must_use]
+            pub fn col_stride(&self) -> isize {
+                self.layout.col_stride
+            }
+
+            /// The transpose: the same values with the axes swapped.
+            #[must_use]
+            pub fn t(self) -> Self {
+                Self { layout: self.layout.transposed(), ..self }
+            }
+
+            /// The sub-matrix of these rows and columns.
+            ///
+            /// # Errors
+            /// [`GemmError::Range`] where a range runs backwards or out of the matrix.
+            pub fn sub(self, rows: Range<usize>, cols: Range<usize>) -> Result<Self, GemmError> {
+                let (offset, layout) = self.layout.sub(rows, cols)?;
+                // SAFETY: the element that `offset` leads to is inside the matrix (or the offset is 0).
+                Ok(unsafe { Self::from_layout(self.ptr.offset(offset), layout) })
+            }
+        }
+    };
+}
+
+view!(MatRef, *const f32,
+    /// A matrix at an address; units as in [`Self::from_slice_strided`].
+    ///
+    /// # Safety
+    /// Every element must be valid for reads and unchanged while the view lives, all within one allocation.
+);
+view!(MatMut, *mut f32,
+    /// A matrix at an address; units as in [`Self::from_slice_strided`].
+    ///
+    /// # Safety
+    /// Every element must be valid for reads and writes, reachable through this view alone while it lives, and have memory
+    /// of its own, all within one allocation. The values need be initialised only where they are read (beta not 0).
+);

@@ -141,6 +141,45 @@ pub unsafe fn tile_onto<S: Simd, L: Lhs, const MR: usize, const NV: usize>(
     acc
 }
 
+/// As [`tile`], with each sum in links of [`LINK`] steps that are added up: the error of a sum of n products is then that
+/// of a sum of n / LINK. For instruction sets with registers for twice the accumulators.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+pub unsafe fn tile_in_links<S: Simd, L: Lhs, const MR: usize, const NV: usize>(
+    s: S,
+    depth: usize,
+    mut lhs: L,
+    mut rhs: Rhs,
+) -> Acc<S, MR, NV> {
+    let mut total = [[s.zero(); NV]; MR];
+    let mut left = depth;
+    while left > 0 {
+        let steps = left.min(LINK);
+        // SAFETY: these steps are below `depth`.
+        let link = unsafe {
+            if steps == LINK {
+                tile::<S, L, MR, NV>(s, LINK, lhs, rhs)
+            } else {
+                tile::<S, L, MR, NV>(s, steps, lhs, rhs)
+            }
+        };
+        for (total, link) in total.iter_mut().zip(&link) {
+            for (total, &link) in total.iter_mut().zip(link) {
+                *total = s.add(*total, link);
+            }
+        }
+        lhs = lhs.advanced(steps);
+        rhs.ptr = rhs.ptr.wrapping_offset(steps as isize * rhs.stride);
+        left -= steps;
+    }
+    total
+}
+
+/// Steps of k per link.
+const LINK: usize = 8;
+
 /// Steps of k per turn of the loop.
 const UNROLL: usize = 4;
 

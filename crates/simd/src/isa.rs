@@ -124,6 +124,9 @@ pub enum Isa {
     /// See [`IsaKind::Avx2`].
     #[cfg(target_arch = "x86_64")]
     Avx2(crate::Avx2),
+    /// See [`IsaKind::Avx512`].
+    #[cfg(target_arch = "x86_64")]
+    Avx512(crate::Avx512),
 }
 
 /// What [`Isa::active`] answers: decided once per process.
@@ -163,6 +166,10 @@ impl Isa {
             IsaKind::Portable => Ok(Isa::Portable(Portable::new())),
             #[cfg(target_arch = "x86_64")]
             IsaKind::Avx2 => crate::Avx2::new().map(Isa::Avx2).ok_or(IsaError::NotOnThisCpu { asked: kind }),
+            #[cfg(target_arch = "x86_64")]
+            IsaKind::Avx512 => {
+                crate::Avx512::new().map(Isa::Avx512).ok_or(IsaError::NotOnThisCpu { asked: kind })
+            }
             _ => Err(IsaError::NotBuilt { asked: kind }),
         }
     }
@@ -220,6 +227,8 @@ impl Isa {
             Isa::Portable(s) => s.vectorize(op),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(s) => s.vectorize(op),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(s) => s.vectorize(op),
         }
     }
 }

@@ -41,11 +41,11 @@
 //! - [`Isa`], [`IsaKind`]: `isa.rs`, detection and the `QKV_ISA` override.
 //! - `portable.rs`: four lanes on the `wide` crate (SSE2, NEON or simd128 as compiled, else scalar code).
 //! - `x86/avx2.rs`: eight lanes, AVX2 + FMA + F16C.
+//! - `x86/avx512.rs`: sixteen lanes, AVX-512 F + BW + DQ + VL.
 //! - [`math`]: exp2, exp, tanh, erf, with their maximal errors.
 //!
 //! # What fits later without touching a kernel
-//! An instruction set is one file that implements [`Simd`] and one variant of [`Isa`]: AVX-512 has 16 lanes, 32
-//! registers and real masks ([`Simd::Mask`] is opaque for that reason); NEON has 4 lanes and 32 registers.
+//! An instruction set is one file that implements [`Simd`] and one variant of [`Isa`]: NEON has 4 lanes and 32 registers.
 
 mod isa;
 pub mod math;
@@ -58,4 +58,4 @@ pub use isa::{Isa, IsaError, IsaKind};
 pub use portable::Portable;
 pub use simd::{Simd, SimdOp};
 #[cfg(target_arch = "x86_64")]
-pub use x86::Avx2;
+pub use x86::{Avx2, Avx512};

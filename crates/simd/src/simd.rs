@@ -169,8 +169,8 @@ pub trait Simd: sealed::Sealed + Copy + Send + Sync + Debug + 'static {
 
     /// The sum of the lanes, by halves.
     fn reduce_add(self, a: Self::F32) -> f32;
-    /// Lane i is the sum of the lanes of `rows[i]`, for 1, 4 or 8 rows of which the first `LANES` count; other lanes are
-    /// any.
+    /// Lane i is the sum of the lanes of `rows[i]`, for 1, 4, 8 or `LANES` rows, of which the first `LANES` count; other
+    /// lanes are any. A row's sum is the same to the bit whatever other rows there are.
     #[inline(always)]
     fn reduce_each(self, rows: &[Self::F32]) -> Self::F32 {
         let mut sums = [0.0; 16];

@@ -5,9 +5,9 @@
 //! portable  executed (4 lanes, 16 registers)
 //! simd128   NOT EXECUTED: not supported by this build
 //! neon      NOT EXECUTED: not supported by this build
-//! avx2      executed (8 lanes, 16 registers), active
-//! avx512    NOT EXECUTED: not supported by this build
-//! active: avx2, the best of this CPU (QKV_ISA is not set)
+//! avx2      executed (8 lanes, 16 registers)
+//! avx512    executed (16 lanes, 32 registers), active
+//! active: avx512, the best of this CPU (QKV_ISA is not set)
 //! ```
 //!
 //! The exit code is 1 where `QKV_ISA` names something that cannot be executed, or where an instruction set computes

@@ -272,9 +272,9 @@ impl SimdOp for Powers {
             }
         }
         // Lanes with different powers, and the rounding of the sum to the nearest whole number.
-        let biased = s.add(s.mul(s.iota(), s.splat(-3.3)), s.splat(BIASED_ZERO));
+        let biased = s.add(s.mul(s.iota(), s.splat(-3.37)), s.splat(BIASED_ZERO));
         for (i, got) in lanes(s, s.pow2_of_biased(biased)).into_iter().enumerate() {
-            assert_eq!(got, (-3.3 * i as f32).round().exp2());
+            assert_eq!(got, (-3.37 * i as f32).round().exp2());
         }
     }
 }
@@ -352,5 +352,38 @@ fn reductions() {
         }
         isa.dispatch(Reduce(&[f32::NEG_INFINITY; 16]));
         isa.dispatch(Reduce(&[-0.0; 16]));
+    }
+}
+
+/// The sums of several rows at a time: right, and each to the bit what it is in any other company.
+struct ReduceEach<'a>(&'a [f32]);
+
+impl SimdOp for ReduceEach<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let rows: Vec<S::F32> = self.0.chunks_exact(S::LANES).map(|row| s.load(row)).collect();
+        let alone: Vec<f32> = rows.iter().map(|row| lanes(s, s.reduce_each(&[*row]))[0]).collect();
+        for (values, &got) in self.0.chunks_exact(S::LANES).zip(&alone) {
+            let exact: f64 = values.iter().map(|&x| f64::from(x)).sum();
+            let size: f64 = values.iter().map(|&x| f64::from(x).abs()).sum();
+            let error = (f64::from(got) - exact).abs();
+            assert!(error <= size * 1e-6, "{values:?} on {}: {got:e}, not {exact:e}", S::KIND);
+        }
+        for count in [1, 4, 8, S::LANES] {
+            for (group, want) in rows.chunks_exact(count).zip(alone.chunks_exact(count)) {
+                let got = lanes(s, s.reduce_each(group));
+                let used = count.min(S::LANES);
+                assert_eq!(got[..used], want[..used], "{count} rows on {}", S::KIND);
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_of_several_rows() {
+    for isa in Isa::available() {
+        let values: Vec<f32> = (0..16 * 16).map(|i| ((i * 7919) % 1013) as f32 * 0.37 - 150.0).collect();
+        isa.dispatch(ReduceEach(&values));
     }
 }

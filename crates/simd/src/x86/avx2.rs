@@ -32,14 +32,6 @@ fn first_lanes(n: usize) -> __m256i {
     unsafe { _mm256_loadu_si256(WINDOW.as_ptr().add(8 - n.min(8)).cast()) }
 }
 
-/// One operation on registers alone: the token `self` proves the features, nothing else is asked.
-macro_rules! register_op {
-    ($body:expr) => {{
-        // SAFETY: no memory is touched, and the token proves that the CPU has AVX2, FMA and F16C.
-        unsafe { $body }
-    }};
-}
-
 impl Sealed for Avx2 {}
 
 impl Simd for Avx2 {
@@ -68,16 +60,7 @@ impl Simd for Avx2 {
         register_op!(_mm256_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0))
     }
 
-    #[inline(always)]
-    unsafe fn load_ptr(self, p: *const f32) -> __m256 {
-        // SAFETY: the caller vouches for eight values at `p`.
-        unsafe { _mm256_loadu_ps(p) }
-    }
-    #[inline(always)]
-    unsafe fn store_ptr(self, x: __m256, p: *mut f32) {
-        // SAFETY: the caller vouches for eight values at `p`.
-        unsafe { _mm256_storeu_ps(p, x) }
-    }
+    whole_vectors!(__m256, _mm256_loadu_ps, _mm256_storeu_ps);
     #[inline(always)]
     unsafe fn load_partial(self, p: *const f32, n: usize) -> __m256 {
         // SAFETY: masked-off lanes are not accessed; the caller vouches for the first `n`.
@@ -89,49 +72,17 @@ impl Simd for Avx2 {
         unsafe { _mm256_maskstore_ps(p, first_lanes(n), x) }
     }
 
-    #[inline(always)]
-    fn add(self, a: __m256, b: __m256) -> __m256 {
-        register_op!(_mm256_add_ps(a, b))
-    }
-    #[inline(always)]
-    fn sub(self, a: __m256, b: __m256) -> __m256 {
-        register_op!(_mm256_sub_ps(a, b))
-    }
-    #[inline(always)]
-    fn mul(self, a: __m256, b: __m256) -> __m256 {
-        register_op!(_mm256_mul_ps(a, b))
-    }
-    #[inline(always)]
-    fn div(self, a: __m256, b: __m256) -> __m256 {
-        register_op!(_mm256_div_ps(a, b))
+    binary_ops! { __m256:
+        add => _mm256_add_ps, sub => _mm256_sub_ps, mul => _mm256_mul_ps, div => _mm256_div_ps,
+        max => _mm256_max_ps, min => _mm256_min_ps,
     }
     #[inline(always)]
     fn mul_add(self, a: __m256, b: __m256, c: __m256) -> __m256 {
         register_op!(_mm256_fmadd_ps(a, b, c))
     }
-    #[inline(always)]
-    fn max(self, a: __m256, b: __m256) -> __m256 {
-        register_op!(_mm256_max_ps(a, b))
-    }
-    #[inline(always)]
-    fn min(self, a: __m256, b: __m256) -> __m256 {
-        register_op!(_mm256_min_ps(a, b))
-    }
-    #[inline(always)]
-    fn abs(self, a: __m256) -> __m256 {
-        register_op!(_mm256_andnot_ps(_mm256_set1_ps(-0.0), a))
-    }
-    #[inline(always)]
-    fn copysign(self, a: __m256, sign: __m256) -> __m256 {
-        register_op!({
-            let bit = _mm256_set1_ps(-0.0);
-            _mm256_or_ps(_mm256_andnot_ps(bit, a), _mm256_and_ps(bit, sign))
-        })
-    }
-
-    #[inline(always)]
-    fn pow2_of_biased(self, biased: __m256) -> __m256 {
-        register_op!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(biased))))
+    sign_and_exponent! { __m256:
+        set1 _mm256_set1_ps, and _mm256_and_ps, andnot _mm256_andnot_ps, or _mm256_or_ps,
+        as_int _mm256_castps_si256, as_float _mm256_castsi256_ps, shift _mm256_slli_epi32,
     }
 
     #[inline(always)]
@@ -277,14 +228,5 @@ impl Simd for Avx2 {
         }
     }
 
-    #[inline(always)]
-    fn prefetch(self, p: *const f32) {
-        // SAFETY: a prefetch never faults, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
-    }
-    #[inline(always)]
-    fn prefetch_l2(self, p: *const f32) {
-        // SAFETY: as above.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
-    }
+    prefetches!();
 }
