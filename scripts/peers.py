@@ -1,17 +1,22 @@
-"""What gemm_peers.py and attention_peers.py share: timing several libraries side by side, fairly, on few cores.
+"""What gemm_peers.py, attention_peers.py and python_peers.py share: timing several libraries side by side, fairly, on
+few cores.
 
-Each peer lives in a subprocess of its own, so that OpenMP and BLAS runtimes never meet. It stays alive for the whole
-run and is timed in turns: in every round each peer gets one stretch of at least `seconds`, and the order rotates from
-round to round, so that a slow spell of the machine hits all alike. While it is not its turn a peer is stopped by
-SIGSTOP: otherwise its idle worker threads, which spin for a while after each call, would eat the others' cores.
-Before each timed stretch comes an untimed one, to bring threads and caches back. The result is the median of rounds.
+In the first two each peer lives in a subprocess of its own, so that OpenMP and BLAS runtimes never meet. It stays alive
+for the whole run and is timed in turns: in every round each peer gets one stretch of at least `seconds`, and the order
+rotates from round to round, so that a slow spell of the machine hits all alike. While it is not its turn a peer is
+stopped by SIGSTOP: otherwise its idle worker threads, which spin for a while after each call, would eat the others'
+cores. Before each timed stretch comes an untimed one, to bring threads and caches back. The result is the median of
+rounds.
 
 A subprocess is the same script, started with `--child NAME`. It says who it is in one line of JSON, or why it is
-missing, and then answers each request (a line of JSON) with one line of JSON: "gflops", or "skipped" with a reason;
-and "error" where it checked its result.
+missing, and then answers each request (a line of JSON) with one line of JSON: "gflops", or "skipped" with a reason; and
+"error" where it checked its result.
 
 An external program may be a column too (--qkv PATH): it is run once per round and shape, with RAYON_NUM_THREADS set,
 and the last word it prints is taken as GFLOP/s.
+
+python_peers.py has its libraries in one process instead, and takes from here the turns (`alternate`), `stretch`, the
+external program and the options.
 """
 
 import argparse
@@ -138,7 +143,8 @@ def serve(about, answer):
 
 
 def alternate(peers, cases, rounds, seconds):
-    """{case index: {peer name: [GFLOP/s of each round]}}; progress goes to stderr when it is a terminal."""
+    """[for each case, {peer name: [rate in each round]}], a rate being what `peer.time` returns (GFLOP/s, or calls per
+    second); progress goes to stderr when it is a terminal."""
     results = []
     for i, case in enumerate(cases):
         if sys.stderr.isatty():
@@ -148,9 +154,9 @@ def alternate(peers, cases, rounds, seconds):
             shift = turn % len(peers)
             for peer in peers[shift:] + peers[:shift]:
                 if len(times[peer.name]) == turn:  # one that failed once is not asked again
-                    gflops = peer.time(case, seconds)
-                    if gflops is not None:
-                        times[peer.name].append(gflops)
+                    rate = peer.time(case, seconds)
+                    if rate is not None:
+                        times[peer.name].append(rate)
         results.append(times)
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
@@ -165,12 +171,17 @@ def cpu_name():
         return platform.processor()
 
 
-def add_arguments(parser):
+def add_timing_arguments(parser, seconds, only):
+    """The options that all scripts have; `only` says what its --only picks."""
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.05, help="least length of one timed stretch")
-    parser.add_argument("--only", help="peers to time, by name, separated by commas")
+    parser.add_argument("--seconds", type=float, default=seconds, help="least length of one timed stretch")
+    parser.add_argument("--only", help=f"{only}, by name, separated by commas")
     parser.add_argument("--json", action="store_true")
+
+
+def add_arguments(parser):
+    add_timing_arguments(parser, seconds=0.05, only="peers to time")
     parser.add_argument("--child", help=argparse.SUPPRESS)
 
 

@@ -6,6 +6,7 @@
 use core::ops::Range;
 
 use crate::AttentionError;
+use crate::tensor::has_room;
 
 /// Which key blocks the queries of a query block see.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +24,7 @@ impl BlockMask {
     /// blocks of `block` = (queries, keys).
     ///
     /// # Errors
-    /// Where a block size is 0 or the table does not fit the address space.
+    /// Where a block size is 0, or the table does not fit the address space or the memory that is to be had.
     pub fn empty(shape: [usize; 4], block: [usize; 2]) -> Result<Self, AttentionError> {
         if block.contains(&0) {
             return Err(AttentionError::BlockMaskBlock { given: block });
@@ -33,7 +34,7 @@ impl BlockMask {
             .checked_mul(shape[2])
             .and_then(|n| n.checked_mul(shape[1]))
             .and_then(|n| n.checked_mul(shape[0]))
-            .filter(|&n| n < isize::MAX as usize / 8)
+            .filter(|&n| n < isize::MAX as usize / 8 && has_room::<u64>(n))
             .ok_or(AttentionError::TooLarge { shape })?;
         Ok(Self { block, shape, bits: vec![0; words] })
     }

@@ -39,7 +39,8 @@ impl fmt::Display for Argument {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TensorError {
-    /// The product of the sizes, or an offset inside the tensor, does not fit the address space.
+    /// The product of the sizes, or an offset inside the tensor, does not fit the address space, or the memory is not to be
+    /// had.
     TooLarge {
         /// (batch, heads, length, dim).
         shape: [usize; 4],

@@ -10,6 +10,7 @@ use crate::plan::{BlockCounts, Plan, Sequences, Shape};
 use crate::prefill::{Call, Prefill};
 use crate::rule::{NoRule, ScoreRule};
 use crate::score_ops::Units;
+use crate::tensor::has_room;
 use crate::{Argument, AttentionError, AttentionSpec, Data, DataMut, Tensor, TensorMut};
 
 /// Where results go.
@@ -77,7 +78,11 @@ pub fn attention_with_lse<'a>(
     let (q, k, v) = (q.into(), k.into(), v.into());
     let shape = check_inputs(q.shape(), k.shape(), v.shape(), spec)?;
     let mut out = new_output(&shape)?;
-    let mut lse = vec![0.0; lse_shape(&shape).iter().product()];
+    let rows = lse_shape(&shape).iter().product();
+    if !has_room::<f32>(rows) {
+        return Err(AttentionError::TooLarge { shape: output_shape(&shape) });
+    }
+    let mut lse = vec![0.0; rows];
     attention_into(q, k, v, spec, Outputs::new(out.view_mut()).with_lse(&mut lse))?;
     Ok((out, lse))
 }

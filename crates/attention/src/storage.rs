@@ -3,7 +3,7 @@
 //! | type | one value | queries | keys, values | outputs |
 //! | --- | --- | --- | --- | --- |
 //! | f32, f16, bf16 | itself, widened exactly | yes | yes | yes, rounded once |
-//! | 8-bit integers | `scale (q - zero)`, in f32 | no | yes | no |
+//! | 8-bit integers | `scale (q - zero)`, in f32 | yes | yes | no |
 //!
 //! The scales of 8-bit values lie beside them, (batch, heads, length, groups): one per token and head, or one for each
 //! of several equal groups of dims; groups of 32 make the values of llama.cpp's `q8_0`.

@@ -357,6 +357,12 @@ fn bshd_strides(shape: [usize; 4]) -> Result<[isize; 4], TensorError> {
     Ok([g.strides[0], g.strides[2], g.strides[1], 1])
 }
 
+/// Whether `count` values could be allocated now: asked before `vec!`, which would abort the process, and which has zeros
+/// cheaper than a vector that is filled.
+pub(crate) fn has_room<T>(count: usize) -> bool {
+    Vec::<T>::new().try_reserve_exact(count).is_ok()
+}
+
 /// An owned contiguous tensor (batch, heads, length, dim).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor<T = f32> {
@@ -378,9 +384,12 @@ impl<T: Copy + Default> Tensor<T> {
     /// All `value`.
     ///
     /// # Errors
-    /// Where the shape does not fit the address space.
+    /// Where the shape does not fit the address space, or the memory is not to be had.
     pub fn filled(shape: [usize; 4], value: T) -> Result<Self, TensorError> {
         Geometry::contiguous(shape)?;
+        if !has_room::<T>(shape.iter().product()) {
+            return Err(TensorError::TooLarge { shape });
+        }
         Ok(Self { data: vec![value; shape.iter().product()], shape })
     }
 

@@ -81,9 +81,10 @@ fn scratch_is_fixed() {
     assert!(mask <= 4096, "{mask} bytes");
     for length in [1024, 4096, 8192] {
         let (extra, scratch) = extra_bytes(length);
-        // Two workers' scratch, and some KiB of a new pool's and of the test harness; the scores would be 4 MiB and more.
+        // Two workers' scratch, and what a new pool's threads take for themselves (17 KiB each); the scores would be 4 MiB
+        // and more.
         println!("length {length}: {extra} bytes at the peak, {scratch} of scratch per worker by the plan");
         assert!(scratch < 2 << 20);
-        assert!(extra <= 2 * scratch + (32 << 10), "length {length}: {extra} bytes, scratch {scratch}");
+        assert!(extra <= 2 * scratch + (64 << 10), "length {length}: {extra} bytes, scratch {scratch}");
     }
 }

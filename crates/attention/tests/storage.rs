@@ -236,7 +236,7 @@ fn check(sizes: &Sizes, kinds: [Kind; 3], layout: usize, causal: Option<Causal>,
 fn every_mix_of_types() {
     for (group, query_len) in [(3, 1), (1, 20)] {
         for key_len in [45, 1100] {
-            for q in &KINDS[..3] {
+            for q in &KINDS[..4] {
                 for (i, k) in KINDS.iter().enumerate() {
                     for (j, v) in KINDS.iter().enumerate() {
                         let sizes = Sizes { group, query_len, key_len, dims: [64, 32] };
@@ -256,7 +256,7 @@ fn lengths_and_dims_at_every_edge() {
         for (group, query_len) in ROWS {
             turn += 1;
             let dims = [DIMS[turn % 8], DIMS[(turn * 3 + turn / 8) % 8]];
-            let kinds = [KINDS[turn % 3], KINDS[turn % 7], KINDS[(turn / 2) % 7]];
+            let kinds = [KINDS[turn % 4], KINDS[turn % 7], KINDS[(turn / 2) % 7]];
             let causal = [None, Some(Causal::BottomRight), Some(Causal::TopLeft)][turn / 2 % 3];
             check(&Sizes { group, query_len, key_len, dims }, kinds, turn % 3, causal, turn % 4 == 0);
         }
@@ -276,7 +276,7 @@ prop_compose! {
         mut problem in problems(),
         few in proptest::option::weighted(0.7, (1usize..10, 0usize..6)),
         long in proptest::option::weighted(0.3, 1000usize..2200),
-        kinds in (0usize..3, 0usize..7, 0usize..7),
+        kinds in (0usize..4, 0usize..7, 0usize..7),
         layout in 0usize..3,
     ) -> Mixed {
         if let Some((group, query_len)) = few {
