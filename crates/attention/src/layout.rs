@@ -1,5 +1,6 @@
 //! Where a worker's scratch holds what.
 
+use crate::few_rows::FEW_BLOCK;
 use crate::online_softmax::SUM_CHAINS;
 use crate::panels::WORD;
 use crate::parts::MAX_PARTS;
@@ -7,6 +8,7 @@ use crate::plan::{KEY_BLOCK, Plan};
 
 /// No block of keys is larger.
 pub(crate) const MAX_KEY_BLOCK: usize = KEY_BLOCK + SUM_CHAINS;
+const _: () = assert!(FEW_BLOCK <= MAX_KEY_BLOCK);
 
 /// The parts, in values. Every one begins on a cache line.
 ///
