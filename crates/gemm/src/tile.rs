@@ -141,8 +141,8 @@ pub unsafe fn tile_onto<S: Simd, L: Lhs, const MR: usize, const NV: usize>(
     acc
 }
 
-/// As [`tile`], with each sum in links of [`LINK`] steps that are added up: the error of a sum of n products is then that
-/// of a sum of n / LINK. For instruction sets with registers for twice the accumulators.
+/// As [`tile`], with each sum in links of 8 steps that are added up: the error of a sum of n products is then that
+/// of a sum of n / 8. For instruction sets with registers for twice the accumulators.
 ///
 /// # Safety
 /// As [`tile`].
