@@ -8,7 +8,8 @@
 //! The scales of 8-bit values lie beside them, (batch, heads, length, groups): one per token and head, or one for each
 //! of several equal groups of dims; groups of 32 make the values of llama.cpp's `q8_0`.
 //!
-//! Widening happens once per block of keys, into scratch, for all query heads of the group; f32 is read in place.
+//! Widening happens once per block of keys, for all query heads of the group: into scratch, or in registers where there are few
+//! query rows; f32 is read in place.
 
 use half::{bf16, f16};
 use qkv_simd::Simd;

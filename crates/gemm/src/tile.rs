@@ -157,6 +157,7 @@ pub unsafe fn tile_in_links<S: Simd, L: Lhs, const MR: usize, const NV: usize>(
     let mut left = depth;
     while left > 0 {
         let steps = left.min(LINK);
+        // A whole link apart, so that its number of steps is a constant.
         // SAFETY: these steps are below `depth`.
         let link = unsafe {
             if steps == LINK {
