@@ -10,8 +10,13 @@
 //! ```
 //!
 //! As each vector of a key or a value is loaded once, it is widened in its register: f16, bf16 and 8-bit rows are read
-//! where they lie, like f32. Scores and weights lie as everywhere, [keys][lanes] with a query per lane, so that all masks,
-//! biases and the softmax are the tiles' own. Queries are [rows][dk], outputs [rows][dv].
+//! where they lie, like f32. Queries are [rows][dk], outputs [rows][dv].
+//!
+//! Scores lie as everywhere, [keys][lanes] with a query per lane, so that all masks and biases are the tiles' own, and are
+//! packed for the softmax: [keys][stride], with a stride of the rows rounded up to a power of two, so that a vector holds
+//! `lanes / stride` keys and the exponentials of a single row take a sixteenth of the time. A block that is seen as a whole
+//! is packed from the start. The softmax update is the tiles' as well, with a fold over the keys of a vector at its end
+//! ([`fold_keys`]).
 
 use core::marker::PhantomData;
 use core::ops::Range;
@@ -76,7 +81,14 @@ impl AheadRows<'_> {
     #[inline(always)]
     fn ask<S: Simd>(&self, s: S, i: usize) {
         if let Some(&row) = self.rows.get(i) {
-            for at in (0..self.bytes).step_by(64) {
+            // Four lines at a time: the loop itself would cost as much as what it asks for.
+            let whole = self.bytes & !255;
+            for at in (0..whole).step_by(256) {
+                for line in 0..4 {
+                    s.prefetch_l2(row.wrapping_add(at + 64 * line).cast());
+                }
+            }
+            for at in (whole..self.bytes).step_by(64) {
                 s.prefetch_l2(row.wrapping_add(at).cast());
             }
         }
@@ -91,14 +103,18 @@ pub(crate) struct FewScores<'w> {
     pub(crate) count: usize,
     /// The keys.
     pub(crate) keys: FewRows<'w>,
-    /// [keys][LANES]; lanes from `count` on become 0 or are left as they are.
+    /// [keys][stride]; lanes from `count` on become anything.
     pub(crate) scores: &'w mut [f32],
+    /// LANES, or less where they are packed.
+    pub(crate) stride: usize,
 }
 
 /// Weighted values for few queries.
 pub(crate) struct FewSums<'w> {
-    /// [keys][LANES].
+    /// [keys][stride].
     pub(crate) weights: &'w [f32],
+    /// As of the scores.
+    pub(crate) stride: usize,
     /// The values.
     pub(crate) values: FewRows<'w>,
     /// Query rows.
@@ -153,9 +169,67 @@ const fn sums_per_row(lanes: usize, rows: usize, most: usize) -> usize {
     }
 }
 
+/// Values from one key's scores to the next where they are packed.
+#[inline(always)]
+pub(crate) fn packed_stride<S: Simd>(count: usize) -> usize {
+    count.next_power_of_two().min(S::LANES)
+}
+
+/// Packs scores of `keys` keys that lie [keys][LANES].
+#[inline(always)]
+pub(crate) fn pack<S: Simd>(scores: &mut [f32], keys: usize, stride: usize) {
+    for key in 1..keys {
+        scores.copy_within(key * S::LANES..key * S::LANES + stride, key * stride);
+    }
+    pad::<S>(scores, keys * stride);
+}
+
+/// Fills the vector of packed scores that ends in the middle, after `used` values, with keys that nobody sees.
+#[inline(always)]
+pub(crate) fn pad<S: Simd>(scores: &mut [f32], used: usize) {
+    scores[used..used.next_multiple_of(S::LANES)].fill(f32::NEG_INFINITY);
+}
+
+/// ROTATE[n][i] = i + 2^n: what a vector of packed scores is folded with.
+const ROTATE: [[u32; 16]; 4] = {
+    let mut table = [[0; 16]; 4];
+    let mut at = 0;
+    while at < 64 {
+        table[at / 16][at % 16] = (at % 16 + (1 << (at / 16))) as u32;
+        at += 1;
+    }
+    table
+};
+
+/// Each row's `f` over the keys that a vector of packed scores holds, in all of its lanes.
+#[inline(always)]
+pub(crate) fn fold_keys<S: Simd>(
+    s: S,
+    mut x: S::F32,
+    stride: usize,
+    f: impl Fn(S::F32, S::F32) -> S::F32,
+) -> S::F32 {
+    for (n, lanes) in ROTATE.iter().enumerate().rev() {
+        if stride <= 1 << n && 1 << n < S::LANES {
+            x = f(x, s.permute(x, lanes));
+        }
+    }
+    x
+}
+
+/// The first key's lanes of a vector of packed scores, in the lanes of all its keys.
+#[inline(always)]
+pub(crate) fn repeat_first_key<S: Simd>(s: S, x: S::F32, stride: usize) -> S::F32 {
+    let mut lanes = [0; 16];
+    for (i, lane) in lanes.iter_mut().enumerate() {
+        *lane = i as u32 & (stride as u32 - 1);
+    }
+    s.permute(x, &lanes)
+}
+
 /// Most keys side by side, as many rows being read in turns: with 8 ungrouped heads take 38 ns a key of dim 128 in f32, with 2
 /// 35.5 (both threads, from memory); four query rows the same.
-const MOST_KEYS: [usize; 3] = [2, 2, 2];
+const MOST_KEYS: [usize; 3] = [4, 2, 2];
 
 /// Most vectors of dims at a time: 64 dims, so that heads of that size leave no remainder.
 const MOST_DIMS: [usize; 3] = [4, 8, 16];
@@ -231,7 +305,7 @@ impl<T: Element, const R: usize, const KEYS: usize> SimdOp for ScoresOf<'_, '_, 
 
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let (FewScores { queries, keys, scores, .. }, ahead) = self.0;
+        let (FewScores { queries, keys, scores, stride, .. }, ahead) = self.0;
         let FewRows { rows, scales, dim, .. } = *keys;
         let queries = (&queries[..R * dim], dim);
         let whole = dim / S::LANES * S::LANES;
@@ -268,12 +342,21 @@ impl<T: Element, const R: usize, const KEYS: usize> SimdOp for ScoresOf<'_, '_, 
                 5..=8 => 8,
                 _ => 16,
             };
+            let values = s.reduce_each(&sums[..used]);
+            if *stride == R
+                && let Some(to) = scores[first * R..].first_chunk_mut::<16>()
+            {
+                // Packed, side by side; what is too much is written over by the next or not used.
+                s.store(values, to);
+                continue;
+            }
+            let sums = values;
             let mut values = [0.0; 16];
-            s.store(s.reduce_each(&sums[..used]), &mut values);
+            s.store(sums, &mut values);
             for j in 0..KEYS.min(rows.len() - first) {
                 // A query per lane; where there are fewer lanes than R, there are no more queries either.
                 let lanes = R.min(S::LANES);
-                scores[(first + j) * S::LANES..][..lanes].copy_from_slice(&values[j * R..][..lanes]);
+                scores[(first + j) * *stride..][..lanes].copy_from_slice(&values[j * R..][..lanes]);
             }
         }
     }
@@ -351,7 +434,7 @@ impl FewSums<'_> {
     ) {
         let mut acc = [[s.zero(); DV]; R];
         let FewRows { rows, scales, dim, .. } = self.values;
-        for (j, (weights, &row)) in self.weights.chunks_exact(S::LANES).zip(rows).enumerate() {
+        for (j, (weights, &row)) in self.weights.chunks_exact(self.stride).zip(rows).enumerate() {
             ahead.ask(s, j);
             let factor = if T::SCALED { Some(s.splat(scales[j])) } else { None };
             let mut v = [s.zero(); DV];

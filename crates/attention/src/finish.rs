@@ -123,7 +123,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let count = rows.count;
         let slots = match &self.call.shared {
             Some(shared) => {
-                if !shared.finish(self.task.unit, parts) {
+                if !shared.finish(self.task.unit, self.task.parts.len(), parts) {
                     return;
                 }
                 // SAFETY: all parts of the unit are finished.

@@ -90,7 +90,12 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     /// Adds what [`Self::copy_finite_values`] left out to the rows that see its key.
     #[cold]
     #[inline(never)]
-    pub(crate) fn add_visible_nans(&mut self, strip: usize, keys: &Range<usize>, seen: &Seen) {
+    pub(crate) fn add_visible_nans(
+        &mut self,
+        strip: usize,
+        (keys, stride): (&Range<usize>, usize),
+        seen: &Seen,
+    ) {
         let dv = self.call.plan.shape.value_dim;
         let lanes = if FEW { self.task.rows.len() } else { Self::NR };
         for (i, key) in keys.clone().enumerate() {
@@ -100,8 +105,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                     continue;
                 }
                 let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
-                let weights = &self.scratch.scores[i * Self::NR..][..Self::NR];
-                for (lane, &weight) in weights.iter().enumerate().take(lanes) {
+                let weights = &self.scratch.scores[i * stride..][..lanes];
+                for (lane, &weight) in weights.iter().enumerate() {
                     if seen[i] >> lane & 1 == 1 {
                         outputs[if FEW { lane * dv + d } else { d * Self::NR + lane }] += weight * x;
                     }

@@ -66,8 +66,8 @@ impl Shared {
         unsafe { core::slice::from_raw_parts_mut(UnsafeCell::raw_get(cells.as_ptr()), cells.len()) }
     }
 
-    /// Counts a part of `unit` as finished; true for the last of `parts`.
-    pub(crate) fn finish(&self, unit: usize, parts: usize) -> bool {
-        self.finished[unit].fetch_add(1, Ordering::AcqRel) as usize + 1 == parts
+    /// Counts `done` parts of `unit` as finished; true if these are the last of `parts`.
+    pub(crate) fn finish(&self, unit: usize, done: usize, parts: usize) -> bool {
+        self.finished[unit].fetch_add(done as u32, Ordering::AcqRel) as usize + done == parts
     }
 }

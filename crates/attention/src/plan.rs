@@ -147,8 +147,9 @@ pub struct Plan {
     /// Whether keys may be cut into parts, and whether these are tasks of their own.
     has_parts: bool,
     splits: bool,
-    /// Most parts of a sequence.
+    /// Most parts of a sequence, and parts of a task where tasks have parts.
     most_parts: usize,
+    parts_per_task: usize,
     lanes: usize,
     isa: &'static str,
 }
@@ -185,6 +186,7 @@ impl Plan {
             Sequences::Batches { key_lengths: None } => parts(shape.key_len),
             Sequences::Packed(all) => all.iter().map(|(s, _)| parts(s.key_len)).max().unwrap_or(1),
         };
+        let units = count * shape.kv_heads;
         let plan = Self {
             shape,
             kernel,
@@ -195,8 +197,10 @@ impl Plan {
             has_panels: crate::panels::has_bias(spec),
             copies: [k.is_copied(), v.is_copied()],
             has_parts: true,
-            splits: most_parts > 1 && count * shape.kv_heads < ENOUGH_UNITS,
+            splits: most_parts > 1 && units < ENOUGH_UNITS,
             most_parts,
+            // No finer than for enough tasks: a task begins with rows that nothing has asked for.
+            parts_per_task: (most_parts / ENOUGH_UNITS.div_ceil(units.max(1))).max(1),
             lanes: isa.lanes(),
             isa: isa.kind().name(),
         };
@@ -248,15 +252,15 @@ impl Plan {
         }
     }
 
-    /// Tasks per strip of a sequence, each with a part of the keys. For all batches the same, so that tasks can be counted;
+    /// Tasks per strip of a sequence, each with some parts of the keys. For all batches the same, so that tasks can be counted;
     /// those beyond a batch's own keys have nothing to do.
     fn cuts(&self, segment: &Segment) -> usize {
         if !self.splits || self.shape.group() * segment.query_len > self.kernel.nr {
             return 1;
         }
         match &self.sequences {
-            Sequences::Batches { .. } => self.most_parts,
-            Sequences::Packed(_) => self.parts(segment).0,
+            Sequences::Batches { .. } => self.most_parts.div_ceil(self.parts_per_task),
+            Sequences::Packed(_) => self.parts(segment).0.div_ceil(self.parts_per_task),
         }
     }
 
@@ -310,7 +314,8 @@ impl Plan {
         let unit = segment.index * shape.kv_heads + kv_head;
         let first_slot = unit * self.most_parts;
         if by_keys > 1 {
-            let parts = cut.min(parts)..(cut + 1).min(parts);
+            let first = cut * self.parts_per_task;
+            let parts = first.min(parts)..(first + self.parts_per_task).min(parts);
             return Task { segment, kv_head, rows: 0..rows, parts, unit, first_slot };
         }
         let cut = if self.longest_first { cuts - 1 - cut } else { cut };

@@ -18,7 +18,10 @@ use core::ops::Range;
 use qkv_gemm::{TileOp, for_row_tiles, with_scratch};
 use qkv_simd::{Isa, Simd, SimdOp};
 
-use crate::few_rows::{AheadRows, FEW_BLOCK, FewRows, FewScores, FewSums, RowKind};
+use crate::few_rows::{
+    self, AheadRows, FEW_BLOCK, FewRows, FewScores, FewSums, RowKind, fold_keys, packed_stride,
+    repeat_first_key,
+};
 use crate::interval::{self, Ends, Visible};
 use crate::kv_rows::KvRows;
 use crate::layout::{Layout, Scratch};
@@ -97,6 +100,8 @@ pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize, const F
     /// The block of keys whose values have been scanned for NaN and infinities, and what was found.
     pub(crate) scanned: Option<usize>,
     pub(crate) scan_found: bool,
+    /// The end of the keys that the task reads.
+    end: usize,
     /// The block of keys that is brought in, and where its rows are.
     pub(crate) block: Range<usize>,
     keys: BlockRows,
@@ -135,6 +140,7 @@ impl<'w, 'a, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW:
             started: 0,
             scanned: None,
             scan_found: false,
+            end: 0,
             block: 0..0,
             keys: BlockRows::NONE,
             values: BlockRows::NONE,
@@ -160,6 +166,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> S
         let all = StripRows { count: self.task.rows.len(), ..self.rows_of(0) };
         let visible = interval::visible(self.call.spec, segment, all.queries()).any;
         let (parts, part_keys) = self.call.plan.parts(segment);
+        self.end = visible.end.min(self.task.parts.end.saturating_mul(part_keys));
         for part in self.task.parts.clone() {
             for strip in 0..strips {
                 self.begin_state(strip, part == 0);
@@ -306,6 +313,17 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         FewRows { rows: list, kind, scales, dim }
     }
 
+    /// The addresses of the rows of the block after `keys`, as far as the task has any, and the bytes of each. What is copied
+    /// asks for its rows itself: none.
+    #[inline(always)]
+    fn ask_for_next(&self, rows: &KvRows<'_>, keys: &Range<usize>, to: &mut [*const u8; FEW_BLOCK]) -> usize {
+        let next = keys.end..(keys.end + FEW_BLOCK).min(self.end);
+        if rows.row_kind().is_none() || next.is_empty() {
+            return 0;
+        }
+        rows.memory(&self.task.segment, self.task.kv_head, &next, &mut to[..next.len()])
+    }
+
     /// Where the softmax of a strip begins: with nothing, or with its heads' sinks, which have no value.
     #[inline(always)]
     fn begin_state(&mut self, strip: usize, with_sinks: bool) {
@@ -328,7 +346,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     /// Folds one block of keys into a strip: scores, softmax update, weighted values.
     #[inline(always)]
     fn fold_block(&mut self, strip: usize, block: Range<usize>) {
-        let Some(BlockScores { keys, visible, max: block_max, anywhere }) = self.block_scores(strip, block)
+        let Some(BlockScores { keys, visible, max: mut block_max, anywhere, mut stride }) =
+            self.block_scores(strip, block)
         else {
             return;
         };
@@ -338,8 +357,24 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         }
         let seen = self.has_hidden_nan(&keys, &visible, anywhere).then(|| self.copy_finite_values(&keys));
         let (max, sum) = self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR].split_at_mut(Self::NR);
-        let scores = &mut self.scratch.scores[..keys.len() * Self::NR];
-        let alpha = online_softmax::update(self.s, max, sum, block_max, scores, self.call.units.to_log2);
+        let (s, to_log2) = (self.s, self.call.units.to_log2);
+        let mut scores = &mut self.scratch.scores[..keys.len() * Self::NR];
+        if FEW {
+            let packed = packed_stride::<S>(self.task.rows.len());
+            if stride != packed {
+                few_rows::pack::<S>(scores, keys.len(), packed);
+                block_max[0] = repeat_first_key(s, block_max[0], packed);
+                stride = packed;
+            }
+            scores = &mut scores[..(keys.len() * stride).next_multiple_of(S::LANES)];
+            // Every key of a vector goes on from its row's maximum, the first alone from its sum.
+            s.store(repeat_first_key(s, s.load(max), stride), max);
+            sum[stride..].fill(0.0);
+        }
+        let alpha = online_softmax::update(s, max, sum, block_max, scores, to_log2);
+        if FEW {
+            s.store(fold_keys(s, s.load(sum), stride, |x, y| s.add(x, y)), sum);
+        }
 
         let values = match &seen {
             Some(_) => {
@@ -350,9 +385,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             }
             None => self.values,
         };
-        self.weighted_sum(strip, values, &keys, alpha);
+        self.weighted_sum(strip, values, (&keys, stride), alpha);
         if let Some(seen) = seen {
-            self.add_visible_nans(strip, &keys, &seen);
+            self.add_visible_nans(strip, (&keys, stride), &seen);
         }
         self.started |= 1 << strip;
     }
@@ -378,8 +413,10 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         if any.is_empty() {
             return None;
         }
-        // On the grid of the softmax's chains, so that a query's sums do not depend on the other lanes.
-        let keys = any.start - (any.start - block.start) % SUM_CHAINS..any.end;
+        // On the grid of the softmax's chains, so that a query's sums do not depend on the other lanes, nor on how a mask is
+        // written. Of few rows a chain takes as many keys at a time as a vector holds.
+        let grid = SUM_CHAINS * if FEW { S::LANES / packed_stride::<S>(rows.count) } else { 1 };
+        let keys = any.start - (any.start - block.start) % grid..any.end;
         runs.count_from(keys.start);
         self.bring_in(&block);
         let mut bits = Bits::All;
@@ -390,9 +427,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 return None;
             }
         }
-        let (max, bias_masks) = self.scores(&rows, &keys, &runs, &visible, (strip, bits));
+        let (max, bias_masks, stride) = self.scores(&rows, &keys, &runs, &visible, (strip, bits));
         let anywhere = bits == Bits::Some || bias_masks || R::ACTIVE || runs.as_slice().len() > 1;
-        Some(BlockScores { keys, visible, max, anywhere })
+        Some(BlockScores { keys, visible, max, anywhere, stride })
     }
 
     /// The strip that comes next, and its keys, where a mask or a bias has to be brought in for it: the one before in this
@@ -416,8 +453,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         Some((self.rows_of(strip), start.min(end)..end))
     }
 
-    /// S^T of a strip and the runs of keys, masked, into the scratch; returns the largest per lane, and whether a bias masked
-    /// any.
+    /// S^T of a strip and the runs of keys, masked, into the scratch; returns the largest per lane, whether a bias masked
+    /// any, and the values from one key's scores to the next.
     #[inline(always)]
     fn scores(
         &mut self,
@@ -426,7 +463,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         runs: &Runs,
         visible: &Visible,
         (strip, bits): (usize, Bits),
-    ) -> ([S::F32; NV], bool) {
+    ) -> ([S::F32; NV], bool, usize) {
         let (s, call, spec) = (self.s, self.call, self.call.spec);
         let (dk, in_block) = (call.plan.shape.key_dim, keys.start - self.block.start);
         let alibi = spec.alibi_slopes.is_some();
@@ -440,7 +477,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let ahead =
             self.next_strip(strip, rows, keys).and_then(|(rows, keys)| Ahead::new(spec, &rows, &keys, tiles));
         let (mut key_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
+        let mut next_rows = [core::ptr::null(); FEW_BLOCK];
         let few = FEW.then(|| self.few_rows(&call.k, self.keys, keys, (&mut key_rows, &mut scales)));
+        let bytes = if FEW { self.ask_for_next(&call.k, keys, &mut next_rows) } else { 0 };
         let panel = if call.plan.has_panels { keys.len() * Self::NR } else { 0 };
         let bias =
             BiasPanel::new(s, spec, rows, keys, (&mut self.scratch.bias[..panel], &mut *self.scratch.rows));
@@ -456,35 +495,34 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let light = !needs_pass && !FEW;
         let queries = &self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR];
         let scores = &mut self.scratch.scores[..keys.len() * Self::NR];
-        let mut filled = 0;
-        for run in runs.as_slice() {
-            scores[filled * Self::NR..run.start * Self::NR].fill(f32::NEG_INFINITY);
-            filled = run.end;
-        }
         if let Some(few) = few {
-            // What is copied asks for its rows itself.
-            let mut value_rows = [core::ptr::null(); FEW_BLOCK];
-            let wanted = if call.v.row_kind().is_some() { keys.clone() } else { 0..0 };
-            let bytes = ask_for(&call.v, self.task, wanted, &mut value_rows);
+            let plain = !needs_pass && tile_ops.is_empty();
+            let packs = plain && runs.as_slice().len() == 1 && call.weights.is_none();
+            let stride = if packs { packed_stride::<S>(rows.count) } else { S::LANES };
+            fill_gaps(scores, runs.as_slice(), stride);
             for run in runs.as_slice() {
                 let mut op = FewScores {
                     queries,
                     count: rows.count,
                     keys: few.part(run.clone()),
-                    scores: &mut scores[run.start * Self::NR..run.end * Self::NR],
+                    scores: &mut scores[run.start * stride..],
+                    stride,
                 };
-                let ahead = AheadRows { rows: &value_rows[run.clone()], bytes };
+                let ahead = AheadRows { rows: &next_rows[run.clone()], bytes };
                 // SAFETY: the keys of the block have rows of `dk` values.
                 unsafe { op.run(call.isa, ahead) };
             }
-            if !needs_pass && tile_ops.is_empty() {
+            if plain {
+                few_rows::pad::<S>(scores, keys.len() * stride);
                 let mut max = [s.splat(f32::NEG_INFINITY); NV];
-                for row in scores.chunks_exact(S::LANES) {
+                for row in scores[..(keys.len() * stride).next_multiple_of(S::LANES)].chunks_exact(S::LANES) {
                     max[0] = s.max(s.load(row), max[0]);
                 }
-                return (max, false);
+                max[0] = fold_keys(s, max[0], stride, |x, y| s.max(x, y));
+                return (max, false, stride);
             }
         } else {
+            fill_gaps(scores, runs.as_slice(), Self::NR);
             let mut op = Scores::<S, NV> {
                 s,
                 ahead,
@@ -511,7 +549,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             }
             if light {
                 let max = op.max;
-                return (max, bias.masks);
+                return (max, bias.masks, Self::NR);
             }
         }
         let max = s.vectorize(ScorePass {
@@ -529,12 +567,18 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             tile_ops,
             bias: &bias,
         });
-        (max, bias.masks)
+        (max, bias.masks, Self::NR)
     }
 
     /// O^T = alpha O^T + V^T P^T with the weights of `keys` in the scratch and the values of the block in `values`.
     #[inline(always)]
-    fn weighted_sum(&mut self, strip: usize, values: BlockRows, keys: &Range<usize>, alpha: [S::F32; NV]) {
+    fn weighted_sum(
+        &mut self,
+        strip: usize,
+        values: BlockRows,
+        (keys, stride): (&Range<usize>, usize),
+        alpha: [S::F32; NV],
+    ) {
         let (s, dv) = (self.s, self.call.plan.shape.value_dim);
         let mut factors = [0.0; MAX_NR];
         for (v, &alpha) in alpha.iter().enumerate() {
@@ -543,20 +587,20 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         // The first block of a strip writes: what the scratch held before is never read.
         let started = self.started >> strip & 1 == 1;
         let (mut value_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
+        let mut next_rows = [core::ptr::null(); FEW_BLOCK];
         let few = FEW.then(|| self.few_rows(&self.call.v, values, keys, (&mut value_rows, &mut scales)));
-        let weights = &self.scratch.scores[..keys.len() * Self::NR];
+        let bytes = if FEW { self.ask_for_next(&self.call.v, keys, &mut next_rows) } else { 0 };
+        let weights = &self.scratch.scores[..keys.len() * stride];
         let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
         if let Some(few) = few {
             let mut op = FewSums {
                 weights,
+                stride,
                 values: few,
                 count: self.task.rows.len(),
                 alpha: started.then_some(&factors),
                 outputs,
             };
-            let mut next_rows = [core::ptr::null(); FEW_BLOCK];
-            let next = if self.call.k.row_kind().is_some() { keys.end..keys.end + FEW_BLOCK } else { 0..0 };
-            let bytes = ask_for(&self.call.k, self.task, next, &mut next_rows);
             let ahead = AheadRows { rows: &next_rows, bytes };
             // SAFETY: the keys of the block have value rows of `dv` values.
             unsafe { op.run(self.call.isa, ahead) };
@@ -576,12 +620,14 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     }
 }
 
-/// The addresses of the rows of `keys`, as far as there are any, and the bytes of each.
+/// The scores of the keys between runs, and before the first.
 #[inline(always)]
-fn ask_for(rows: &KvRows<'_>, task: &Task, keys: Range<usize>, to: &mut [*const u8; FEW_BLOCK]) -> usize {
-    let end = task.segment.key_len;
-    let keys = keys.start.min(end)..keys.end.min(end);
-    rows.memory(&task.segment, task.kv_head, &keys, &mut to[..keys.len()])
+fn fill_gaps(scores: &mut [f32], runs: &[Range<usize>], nr: usize) {
+    let mut filled = 0;
+    for run in runs {
+        scores[filled * nr..run.start * nr].fill(f32::NEG_INFINITY);
+        filled = run.end;
+    }
 }
 
 /// What [`Worker::block_scores`] has left in the scratch.
@@ -593,4 +639,6 @@ pub(crate) struct BlockScores<F, const NV: usize> {
     max: [F; NV],
     /// Whether any key may be masked for some lane, not only those on the edge of the interval.
     anywhere: bool,
+    /// Values from one key's scores to the next: NR, or less where they are packed (few_rows.rs).
+    stride: usize,
 }

@@ -201,6 +201,12 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn permute(self, a: f32x4, from: &[u32; 16]) -> f32x4 {
+        let lanes = a.to_array();
+        f32x4::new(core::array::from_fn(|i| lanes[from[i] as usize % 4]))
+    }
+
+    #[inline(always)]
     unsafe fn transpose(self, src: *const f32, src_stride: isize, dst: *mut f32, dst_stride: isize) {
         // SAFETY: the caller vouches for four rows of four values on both sides; each access is one of them.
         unsafe {

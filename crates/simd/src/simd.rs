@@ -182,6 +182,9 @@ pub trait Simd: sealed::Sealed + Copy + Send + Sync + Debug + 'static {
     /// The largest lane; NaN lanes may be dropped.
     fn reduce_max(self, a: Self::F32) -> f32;
 
+    /// Lane i is lane `from[i] % LANES` of `a`; the first `LANES` of `from` count.
+    fn permute(self, a: Self::F32, from: &[u32; 16]) -> Self::F32;
+
     /// Transposes a square of `LANES` x `LANES` values: `dst[j * dst_stride + i] = src[i * src_stride + j]`.
     ///
     /// # Safety

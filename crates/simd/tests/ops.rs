@@ -387,3 +387,29 @@ fn sums_of_several_rows() {
         isa.dispatch(ReduceEach(&values));
     }
 }
+
+/// Lanes from anywhere, by their numbers modulo the number of lanes.
+struct Permute<'a>(&'a [f32], &'a [u32; 16]);
+
+impl SimdOp for Permute<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let got = lanes(s, s.permute(s.load(self.0), self.1));
+        let want: Vec<f32> =
+            self.1[..S::LANES].iter().map(|&from| self.0[from as usize % S::LANES]).collect();
+        assert_eq!(got[..S::LANES], want[..], "{:?} on {}", self.1, S::KIND);
+    }
+}
+
+#[test]
+fn permutations() {
+    for isa in Isa::available() {
+        let values: Vec<f32> = (0..16).map(|i| i as f32 * 1.5 - 7.0).collect();
+        for step in 0..32u32 {
+            for factor in [0, 1, 3, 31] {
+                isa.dispatch(Permute(&values, &core::array::from_fn(|i| i as u32 * factor + step)));
+            }
+        }
+    }
+}

@@ -205,6 +205,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn permute(self, a: __m256, from: &[u32; 16]) -> __m256 {
+        // SAFETY: AVX2 by the token; the first eight of the sixteen indices are readable. Their three lowest bits count.
+        unsafe { _mm256_permutevar8x32_ps(a, _mm256_loadu_si256(from.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
     unsafe fn transpose(self, src: *const f32, src_stride: isize, dst: *mut f32, dst_stride: isize) {
         // Halves are paired at the load (row i beside row i + 4), so that every later step stays inside 128 bits:
         // 8 loads + 8 inserts from memory, 8 unpacks, 8 shuffles, 8 stores.
