@@ -64,8 +64,8 @@ pub(crate) enum RowKind {
     Int8,
 }
 
-/// Rows that will be wanted soon: their lines are asked for on the way, a row per key, since the hardware follows neither
-/// rows that are far apart nor the change from keys to values. Into L2: 32 heads over 8, 8192 keys of f32, dim 128, two
+/// Rows of the next block, of keys or of values: their lines are asked for on the way, a row per row that is read, since the
+/// hardware follows neither rows that are far apart nor the change from keys to values. Into L2: 32 heads over 8, 8192 keys of f32, dim 128, two
 /// threads on Zen 4, reach 24 GB/s so, 16 with prefetches into L1, of which fewer can be under way, and 12 without any.
 #[derive(Clone, Copy)]
 pub(crate) struct AheadRows<'w> {
@@ -228,11 +228,13 @@ pub(crate) fn repeat_first_key<S: Simd>(s: S, x: S::F32, stride: usize) -> S::F3
 }
 
 /// Most keys side by side, as many rows being read in turns: with 8 ungrouped heads take 38 ns a key of dim 128 in f32, with 2
-/// 35.5 (both threads, from memory); four query rows the same.
-const MOST_KEYS: [usize; 3] = [4, 2, 2];
+/// 35.5 (both threads, from memory); with 4, as many sums in registers as there are lanes, four query rows take 3 to 5 %
+/// longer than with 2.
+const MOST_KEYS: [usize; 3] = [2; 3];
 
-/// Most vectors of dims at a time: 64 dims, so that heads of that size leave no remainder.
-const MOST_DIMS: [usize; 3] = [4, 8, 16];
+/// Most vectors of dims at a time. With 16 lanes 128 dims, so that a row of a usual head is read in one go: 64 take 10 %
+/// longer for a single query row from memory.
+const MOST_DIMS: [usize; 3] = [8, 8, 16];
 
 impl FewScores<'_> {
     /// Computes them, asking for the rows `ahead` on the way. Not generic, so that this is compiled here alone, whatever
@@ -409,6 +411,12 @@ impl<T: Element, const R: usize, const DV: usize> SimdOp for SumsOf<'_, '_, T, R
             unsafe { sums.dims::<S, T, R, DV>(s, at, S::LANES, ahead) };
             ahead.rows = &[];
             at += step;
+        }
+        while at + 4 * S::LANES <= dim {
+            // SAFETY: as above.
+            unsafe { sums.dims::<S, T, R, 4>(s, at, S::LANES, ahead) };
+            ahead.rows = &[];
+            at += 4 * S::LANES;
         }
         while at < dim {
             // SAFETY: as above.

@@ -5,6 +5,7 @@
 //! docs/ARCHITECTURE.md follows one call through the files.
 
 mod block_mask;
+mod block_rows;
 pub mod cache;
 mod cascade;
 mod check;

@@ -18,6 +18,7 @@ use core::ops::Range;
 use qkv_gemm::{TileOp, for_row_tiles, with_scratch};
 use qkv_simd::{Isa, Simd, SimdOp};
 
+use crate::block_rows::BlockRows;
 use crate::few_rows::{
     self, AheadRows, FEW_BLOCK, FewRows, FewScores, FewSums, RowKind, fold_keys, packed_stride,
     repeat_first_key,
@@ -101,29 +102,11 @@ pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize, const F
     pub(crate) scanned: Option<usize>,
     pub(crate) scan_found: bool,
     /// The end of the keys that the task reads.
-    end: usize,
-    /// The block of keys that is brought in, and where its rows are.
+    pub(crate) end: usize,
+    /// The block of keys that is brought in, and where its rows are (block_rows.rs).
     pub(crate) block: Range<usize>,
-    keys: BlockRows,
-    values: BlockRows,
-}
-
-/// The rows of a block of keys: the first one, and values from one to the next; a null pointer where they are read one by
-/// one, by their addresses.
-#[derive(Clone, Copy)]
-struct BlockRows {
-    ptr: *const f32,
-    stride: isize,
-}
-
-impl BlockRows {
-    const NONE: Self = Self { ptr: core::ptr::null(), stride: 0 };
-
-    /// The `i`-th row.
-    #[inline(always)]
-    fn row(self, i: usize) -> *const f32 {
-        self.ptr.wrapping_offset(i as isize * self.stride)
-    }
+    pub(crate) keys: BlockRows,
+    pub(crate) values: BlockRows,
 }
 
 impl<'w, 'a, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
@@ -234,94 +217,6 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     #[inline(always)]
     pub(crate) fn block_index(&self, key: usize) -> usize {
         key / self.key_block
-    }
-
-    /// Brings a block of keys and values in: widened or gathered in scratch where they cannot be read in place.
-    #[inline(always)]
-    fn bring_in(&mut self, block: &Range<usize>) {
-        if self.block == *block {
-            return;
-        }
-        self.block = block.clone();
-        self.keys = self.rows_of_block(&self.call.k, false);
-        // Few rows bring values in when the scores are done, where at all, in the same scratch.
-        if !FEW {
-            self.values = self.rows_of_block(&self.call.v, false);
-        }
-    }
-
-    /// The rows of the block, of keys or of values: in place, or a copy in scratch. Few rows read one by one where they lie,
-    /// widened or not, unless `all_f32`.
-    #[inline(always)]
-    fn rows_of_block(&mut self, rows: &KvRows<'_>, all_f32: bool) -> BlockRows {
-        let (s, segment, head, block) = (self.s, &self.task.segment, self.task.kv_head, &self.block);
-        if let Some((ptr, stride)) = rows.in_place(segment, head, block.start) {
-            return BlockRows { ptr, stride };
-        }
-        if FEW && rows.row_kind().is_some_and(|kind| kind == RowKind::F32 || !all_f32) {
-            return BlockRows::NONE;
-        }
-        let dim = rows.data.shape()[3];
-        let of_keys = FEW || core::ptr::eq(rows, &raw const self.call.k);
-        let wide = if of_keys { &mut *self.scratch.wide_keys } else { &mut *self.scratch.wide_values };
-        let wide = &mut wide[..block.len() * dim];
-        rows.copy(s, segment, head, block, wide, true);
-        BlockRows { ptr: wide.as_ptr(), stride: dim as isize }
-    }
-
-    /// The value row of a key of the block that is brought in.
-    #[inline(always)]
-    pub(crate) fn value_row(&self, key: usize) -> &[f32] {
-        let dim = self.call.plan.shape.value_dim;
-        if dim == 0 {
-            return &[];
-        }
-        let mut row = [self.values.row(key - self.block.start).cast()];
-        if FEW && self.values.ptr.is_null() {
-            debug_assert_eq!(self.call.v.row_kind(), Some(RowKind::F32));
-            self.call.v.memory(&self.task.segment, self.task.kv_head, &(key..key + 1), &mut row);
-        }
-        // SAFETY: the key is in the block, whose rows have `dim` values in the tensor or in scratch: rows of other types are
-        // not read here, see `fold_block`.
-        unsafe { core::slice::from_raw_parts(row[0].cast(), dim) }
-    }
-
-    /// The rows of `keys`, of the block that is brought in.
-    #[inline(always)]
-    fn few_rows<'m>(
-        &self,
-        rows: &KvRows<'_>,
-        block: BlockRows,
-        keys: &Range<usize>,
-        (addresses, scales): (&'m mut [*const u8; FEW_BLOCK], &'m mut [f32; FEW_BLOCK]),
-    ) -> FewRows<'m> {
-        let dim = rows.data.shape()[3];
-        let list = &mut addresses[..keys.len()];
-        let kind = match rows.row_kind() {
-            Some(kind) if block.ptr.is_null() => {
-                rows.memory(&self.task.segment, self.task.kv_head, keys, list);
-                rows.scales(&self.task.segment, self.task.kv_head, keys, scales);
-                kind
-            }
-            _ => {
-                for (i, row) in list.iter_mut().enumerate() {
-                    *row = block.row(keys.start - self.block.start + i).cast();
-                }
-                RowKind::F32
-            }
-        };
-        FewRows { rows: list, kind, scales, dim }
-    }
-
-    /// The addresses of the rows of the block after `keys`, as far as the task has any, and the bytes of each. What is copied
-    /// asks for its rows itself: none.
-    #[inline(always)]
-    fn ask_for_next(&self, rows: &KvRows<'_>, keys: &Range<usize>, to: &mut [*const u8; FEW_BLOCK]) -> usize {
-        let next = keys.end..(keys.end + FEW_BLOCK).min(self.end);
-        if rows.row_kind().is_none() || next.is_empty() {
-            return 0;
-        }
-        rows.memory(&self.task.segment, self.task.kv_head, &next, &mut to[..next.len()])
     }
 
     /// Where the softmax of a strip begins: with nothing, or with its heads' sinks, which have no value.
