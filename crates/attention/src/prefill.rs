@@ -20,8 +20,7 @@ use qkv_simd::{Isa, Simd, SimdOp};
 
 use crate::block_rows::BlockRows;
 use crate::few_rows::{
-    self, AheadRows, FEW_BLOCK, FewRows, FewScores, FewSums, RowKind, fold_keys, packed_stride,
-    repeat_first_key,
+    self, AheadRows, FEW_BLOCK, FewScores, FewSums, fold_keys, packed_stride, repeat_first_key,
 };
 use crate::interval::{self, Ends, Visible};
 use crate::kv_rows::KvRows;
