@@ -344,15 +344,14 @@ impl<T: Element, const R: usize, const KEYS: usize> SimdOp for ScoresOf<'_, '_, 
                 5..=8 => 8,
                 _ => 16,
             };
-            let values = s.reduce_each(&sums[..used]);
+            let sums = s.reduce_each(&sums[..used]);
             if *stride == R
                 && let Some(to) = scores[first * R..].first_chunk_mut::<16>()
             {
                 // Packed, side by side; what is too much is written over by the next or not used.
-                s.store(values, to);
+                s.store(sums, to);
                 continue;
             }
-            let sums = values;
             let mut values = [0.0; 16];
             s.store(sums, &mut values);
             for j in 0..KEYS.min(rows.len() - first) {

@@ -285,6 +285,38 @@ fn masks_of_one_meaning_give_few_rows_the_same_bits() {
     }
 }
 
+/// A NaN and an infinity among the values reach those of few rows that see them, in their dims, and change nothing else.
+#[test]
+fn some_of_few_rows_see_a_nan() {
+    let (key_len, dv) = (150, 40);
+    for (group, query_len) in [(1, 1), (1, 2), (2, 2), (1, 5), (3, 1), (2, 4)] {
+        let q = random([1, group, query_len, 16], 1);
+        let (k, v) = (random([1, 1, key_len, 16], 2), random([1, 1, key_len, dv], 3));
+        let sees = |i: usize, j: usize| (i + j) % 3 != 0;
+        let mask: Vec<bool> = (0..query_len * key_len).map(|x| sees(x / key_len, x % key_len)).collect();
+        let mask = Broadcast::from_slice(&mask, [1, 1, query_len, key_len]).unwrap();
+        let spec = AttentionSpec::new().with_mask(mask);
+        let poisons = [(70, 3, f32::NAN), (71, 4, f32::INFINITY)];
+        let mut poisoned = v.clone();
+        for (key, dim, poison) in poisons {
+            poisoned.data_mut()[key * dv + dim] = poison;
+        }
+        let clean = alone(&q, k.view().into(), v.view().into(), &spec);
+        let got = alone(&q, k.view().into(), poisoned.view().into(), &spec);
+        for (at, (&clean, &got)) in clean.0.iter().zip(&got.0).enumerate() {
+            let (query, dim) = (at / dv % query_len, at % dv);
+            let (got, what) =
+                (f32::from_bits(got), format!("{group} x {query_len}: query {query}, dim {dim}"));
+            match poisons.iter().find(|&&(key, of, _)| of == dim && sees(query, key)) {
+                Some((_, _, poison)) if poison.is_nan() => assert!(got.is_nan(), "{what}: {got}"),
+                Some((_, _, poison)) => assert_eq!(got, *poison, "{what}"),
+                None => assert_eq!(got.to_bits(), clean, "{what}"),
+            }
+        }
+        assert_eq!(got.1, clean.1);
+    }
+}
+
 #[test]
 fn rotary_at_load_and_on_append() {
     for (pairing, rotary_dim) in [(Pairing::Halves, 16), (Pairing::Interleaved, 10)] {
