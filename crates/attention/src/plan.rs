@@ -178,13 +178,19 @@ impl Plan {
         let by_tasks = all_rows.saturating_mul(shape.kv_heads).div_ceil(ENOUGH_TASKS);
         let most = MAX_ROWS.min(by_memory).min(by_tasks).next_multiple_of(kernel.nr).max(kernel.nr);
         let rows_per_task = even_share(rows, most, kernel.nr);
+        // Only the keys of a single strip of rows are cut.
+        let is_cut = |query_len: usize| group * query_len <= kernel.nr;
         let most_parts = match &sequences {
+            Sequences::Batches { .. } if !is_cut(shape.query_len) => 1,
             // Not those of the longest: a longer sequence may have larger and fewer parts.
             Sequences::Batches { key_lengths: Some(lengths) } => {
                 lengths.iter().map(|&length| parts(length)).max().unwrap_or(1)
             }
             Sequences::Batches { key_lengths: None } => parts(shape.key_len),
-            Sequences::Packed(all) => all.iter().map(|(s, _)| parts(s.key_len)).max().unwrap_or(1),
+            Sequences::Packed(all) => {
+                let cut = all.iter().filter(|(s, _)| is_cut(s.query_len));
+                cut.map(|(s, _)| parts(s.key_len)).max().unwrap_or(1)
+            }
         };
         let units = count * shape.kv_heads;
         let plan = Self {

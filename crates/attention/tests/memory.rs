@@ -79,7 +79,7 @@ fn scratch_is_fixed() {
     let mask = extra_bytes_of_a_mask();
     println!("with a mask of 64 x 8192: {mask} bytes beyond the scratch");
     assert!(mask <= 4096, "{mask} bytes");
-    for length in [1024, 4096, 8192] {
+    for length in [1024, 4096, 16384] {
         let (extra, scratch) = extra_bytes(length);
         // Two workers' scratch, and what a new pool's threads take for themselves (17 KiB each); the scores would be 4 MiB
         // and more.
