@@ -65,8 +65,9 @@ pub(crate) enum RowKind {
 }
 
 /// Rows of the next block, of keys or of values: their lines are asked for on the way, a row per row that is read, since the
-/// hardware follows neither rows that are far apart nor the change from keys to values. Into L2: 32 heads over 8, 8192 keys of f32, dim 128, two
-/// threads on Zen 4, reach 24 GB/s so, 16 with prefetches into L1, of which fewer can be under way, and 12 without any.
+/// hardware follows neither rows that are far apart nor the change from keys to values. Into L2: 32 heads over 8, 8192 keys
+/// of f32, dim 128, two threads on Zen 4, reach 24 GB/s so, 16 with prefetches into L1, of which fewer can be under way, and
+/// 12 without any.
 #[derive(Clone, Copy)]
 pub(crate) struct AheadRows<'w> {
     /// Where they begin, whatever they consist of.
