@@ -29,7 +29,7 @@ use crate::online_softmax::{self, SUM_CHAINS};
 use crate::panels::{self, Ahead, BiasPanel, Bits, WORD};
 use crate::parts::Shared;
 use crate::plan::{Plan, Task, key_block};
-use crate::products::{Scores, Upcoming, WeightedSum};
+use crate::products::{Scores, Upcoming, Vectors, WeightedSum};
 use crate::rule::ScoreRule;
 use crate::runs::Runs;
 use crate::score_ops::{ScorePass, StripLanes, TileOps, Units, relative_position};
@@ -279,7 +279,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             }
             None => self.values,
         };
-        self.weighted_sum(strip, values, (&keys, stride), alpha);
+        let vectors = Vectors::new::<S, NV>(self.call.spec, &self.rows_of(strip), &visible, &keys);
+        self.weighted_sum(strip, values, (&keys, stride), vectors, alpha);
         if let Some(seen) = seen {
             self.add_visible_nans(strip, (&keys, stride), &seen);
         }
@@ -387,6 +388,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 ..visible.whole.end.saturating_sub(keys.start),
         };
         let light = !needs_pass && !FEW;
+        let vectors = Vectors::new::<S, NV>(spec, rows, visible, keys);
         let queries = &self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR];
         let scores = &mut self.scratch.scores[..keys.len() * Self::NR];
         if let Some(few) = few {
@@ -425,20 +427,20 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 k: self.keys.row(in_block),
                 k_stride: self.keys.stride,
                 depth: dk,
-                one_vector: rows.count <= S::LANES,
+                vectors: vectors.clone(),
                 queries,
                 scores,
                 max: [s.splat(f32::NEG_INFINITY); NV],
                 upcoming,
                 bias: &bias,
             };
-            for run in runs.as_slice() {
-                op.base = run.start;
+            for part in runs.as_slice().iter().flat_map(|run| vectors.parts(run)) {
+                op.base = part.start;
                 // Scores are summed in links: 6 x 2 x 2 sums, not 8 x 2 x 2, fit 32 registers.
                 if S::REGISTERS >= 32 {
-                    for_row_tiles::<LINKED_ROWS, _>(run.len(), &mut op);
+                    for_row_tiles::<LINKED_ROWS, _>(part.len(), &mut op);
                 } else {
-                    for_row_tiles::<MR, _>(run.len(), &mut op);
+                    for_row_tiles::<MR, _>(part.len(), &mut op);
                 }
             }
             if light {
@@ -471,6 +473,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         strip: usize,
         values: BlockRows,
         (keys, stride): (&Range<usize>, usize),
+        vectors: Vectors,
         alpha: [S::F32; NV],
     ) {
         let (s, dv) = (self.s, self.call.plan.shape.value_dim);
@@ -505,7 +508,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             v: values.row(keys.start - self.block.start),
             v_stride: values.stride,
             keys: keys.len(),
-            one_vector: self.task.rows.len() - strip * Self::NR <= S::LANES,
+            vectors,
             weights,
             outputs,
             alpha: started.then_some(&factors),
