@@ -53,8 +53,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let in_place =
             if FEW || rows.group != 1 || rows.count != Self::NR { None } else { self.call.out.as_f32() };
         if let Some(out) = in_place {
-            let position = rows.segment.first_query + rows.first;
-            let to = out.row_ptr(rows.segment.batch, rows.head(0), position);
+            let [batch, head, position] = rows.place(0);
+            let to = out.row_ptr(batch, head, position);
             let (from, stride) = (outputs.as_ptr(), out.position_stride());
             // SAFETY: NR rows of dv values lie `stride` apart; they belong to this task alone, and scratch is elsewhere.
             unsafe { transpose(s, (dv, Self::NR), from, Self::NR as isize, to, stride) };
@@ -169,16 +169,14 @@ impl<R> Call<'_, R> {
     /// Stores a row of outputs.
     #[inline(always)]
     fn store_row(&self, rows: &StripRows, lane: usize, from: &[f32]) {
-        let place = [rows.segment.batch, rows.head(lane), rows.segment.first_query + rows.query(lane)];
         // SAFETY: the row exists and has dv values; it belongs to this task alone, and scratch is elsewhere.
-        unsafe { self.out.store_row(place, from) };
+        unsafe { self.out.store_row(rows.place(lane), from) };
     }
 
     /// Stores a row's LSE and its maximum, the latter in units of log2, where they are asked for.
     #[inline(always)]
     fn store_state(&self, rows: &StripRows, lane: usize, lse: f32, max: f32) {
-        let (batch, head) = (rows.segment.batch, rows.head(lane));
-        let position = rows.segment.first_query + rows.query(lane);
+        let [batch, head, position] = rows.place(lane);
         // SAFETY: the rows, of one value each, exist and belong to this task alone.
         unsafe {
             if let Some(to) = &self.lse {

@@ -4,6 +4,7 @@
 //! rule for scores, [`merge`] joins results over different keys, and [`mod@reference`] computes the same by the book.
 //! docs/ARCHITECTURE.md follows one call through the files.
 
+mod ahead;
 mod block_mask;
 mod block_rows;
 pub mod cache;

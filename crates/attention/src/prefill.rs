@@ -18,6 +18,7 @@ use core::ops::Range;
 use qkv_gemm::{TileOp, for_row_tiles, with_scratch};
 use qkv_simd::{Isa, Simd, SimdOp};
 
+use crate::ahead::{Ahead, OutputRows, PanelLines, ValueRows, ask_for_queries};
 use crate::block_rows::BlockRows;
 use crate::few_rows::{
     self, AheadRows, FEW_BLOCK, FewScores, FewSums, fold_keys, packed_stride, repeat_first_key,
@@ -26,10 +27,10 @@ use crate::interval::{self, Ends, Visible};
 use crate::kv_rows::KvRows;
 use crate::layout::{Layout, Scratch};
 use crate::online_softmax::{self, SUM_CHAINS};
-use crate::panels::{self, Ahead, BiasPanel, Bits, WORD};
+use crate::panels::{self, BiasPanel, Bits, WORD};
 use crate::parts::Shared;
 use crate::plan::{Plan, Task, key_block};
-use crate::products::{Scores, Upcoming, Vectors, WeightedSum};
+use crate::products::{Scores, Vectors, WeightedSum};
 use crate::rule::ScoreRule;
 use crate::runs::Runs;
 use crate::score_ops::{ScorePass, StripLanes, TileOps, Units, relative_position};
@@ -140,8 +141,14 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> S
         if self.task.parts.is_empty() {
             return;
         }
-        let strips = self.task.rows.len().div_ceil(Self::NR);
+        let (s, strips) = (self.s, self.task.rows.len().div_ceil(Self::NR));
+        if !FEW && strips > 1 {
+            ask_for_queries(s, &self.call.q, &self.rows_of(0));
+        }
         for strip in 0..strips {
+            if !FEW && strip + 1 < strips {
+                ask_for_queries(s, &self.call.q, &self.rows_of(strip + 1));
+            }
             self.pack_queries(strip);
         }
         let segment = &self.task.segment;
@@ -363,14 +370,18 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let (dk, in_block) = (call.plan.shape.key_dim, keys.start - self.block.start);
         let alibi = spec.alibi_slopes.is_some();
         let needs_pass = spec.softcap.is_some() || alibi || R::ACTIVE;
-        let upcoming = self.is_last(strip).then(|| Upcoming {
-            v: self.values.row(in_block),
-            stride: self.values.stride,
-            dim: call.plan.shape.value_dim,
-        });
         let tiles = keys.len().div_ceil(if S::REGISTERS >= 32 { LINKED_ROWS } else { MR });
-        let ahead =
-            self.next_strip(strip, rows, keys).and_then(|(rows, keys)| Ahead::new(spec, &rows, &keys, tiles));
+        let ahead = Ahead {
+            values: self.is_last(strip).then(|| ValueRows {
+                at: self.values.row(in_block),
+                stride: self.values.stride,
+                bytes: call.plan.shape.value_dim * size_of::<f32>(),
+            }),
+            panels: self
+                .next_strip(strip, rows, keys)
+                .and_then(|(rows, keys)| PanelLines::new(spec, &rows, &keys, tiles)),
+            outputs: (keys.end >= visible.any.end.min(self.end)).then(|| OutputRows::new(&call.out, rows, tiles)),
+        };
         let (mut key_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
         let mut next_rows = [core::ptr::null(); FEW_BLOCK];
         let few = FEW.then(|| self.few_rows(&call.k, self.keys, keys, (&mut key_rows, &mut scales)));
@@ -431,7 +442,6 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 queries,
                 scores,
                 max: [s.splat(f32::NEG_INFINITY); NV],
-                upcoming,
                 bias: &bias,
             };
             for part in runs.as_slice().iter().flat_map(|run| vectors.parts(run)) {

@@ -7,8 +7,9 @@ use qkv_gemm::tile::{Acc, Columns, Lhs, Rhs, Rows, tile, tile_in_links, tile_ont
 use qkv_simd::Simd;
 
 use crate::AttentionSpec;
+use crate::ahead::Ahead;
 use crate::interval::{Visible, interval};
-use crate::panels::{Ahead, BiasPanel};
+use crate::panels::BiasPanel;
 use crate::score_ops::TileOps;
 use crate::strip::{MAX_NR, StripRows};
 
@@ -26,29 +27,8 @@ pub(crate) struct Scores<'w, S: Simd, const NV: usize> {
     pub(crate) queries: &'w [f32],
     pub(crate) scores: &'w mut [f32],
     pub(crate) max: [S::F32; NV],
-    pub(crate) upcoming: Option<Upcoming>,
-    pub(crate) ahead: Option<Ahead>,
+    pub(crate) ahead: Ahead<'w>,
     pub(crate) bias: &'w BiasPanel<'w>,
-}
-
-/// Value rows that the second product will read: as columns, in steps of a whole row, which the hardware does not
-/// foresee. The first strip that reads a block asks for them in good time, row by row.
-#[derive(Clone, Copy)]
-pub(crate) struct Upcoming {
-    pub(crate) v: *const f32,
-    pub(crate) stride: isize,
-    pub(crate) dim: usize,
-}
-
-impl Upcoming {
-    #[inline(always)]
-    fn prefetch<S: Simd>(&self, s: S, rows: Range<usize>) {
-        for row in rows {
-            for at in (0..self.dim).step_by(16) {
-                s.prefetch(self.v.wrapping_offset(row as isize * self.stride).wrapping_add(at));
-            }
-        }
-    }
 }
 
 impl<S: Simd, const NV: usize> RowsOp for Scores<'_, S, NV> {
@@ -58,12 +38,7 @@ impl<S: Simd, const NV: usize> RowsOp for Scores<'_, S, NV> {
         let lhs = Rows { ptr: self.k.wrapping_offset(first as isize * self.k_stride), stride: self.k_stride };
         let rhs = Rhs { ptr: self.queries.as_ptr(), stride: nr as isize };
         debug_assert_eq!(self.queries.len(), self.depth * nr);
-        if let Some(ahead) = &mut self.ahead {
-            ahead.step(s);
-        }
-        if let Some(upcoming) = self.upcoming {
-            upcoming.prefetch(s, first..first + ROWS);
-        }
+        self.ahead.step(s, first..first + ROWS);
         // SAFETY: key rows first..first + ROWS exist and have `depth` values; the packed queries are [depth][nr].
         let mut acc = unsafe {
             match self.vectors.of(first..first + ROWS) {

@@ -371,6 +371,16 @@ impl<'a> DataMut<'a> {
         }
     }
 
+    /// Where a row begins, bytes from one position to the next, and bytes of a row.
+    #[inline(always)]
+    pub(crate) fn row_memory(&self, [batch, head, position]: [usize; 3]) -> (*const u8, isize, usize) {
+        match self {
+            DataMut::F32(x) => x.row_memory(batch, head, position),
+            DataMut::F16(x) => x.row_memory(batch, head, position),
+            DataMut::Bf16(x) => x.row_memory(batch, head, position),
+        }
+    }
+
     /// Stores one row, rounded to the type.
     ///
     /// # Safety

@@ -63,6 +63,12 @@ impl StripRows {
         }
     }
 
+    /// Batch, head and position of a lane's row in the tensors of queries and outputs.
+    #[inline(always)]
+    pub(crate) fn place(&self, lane: usize) -> [usize; 3] {
+        [self.segment.batch, self.head(lane), self.segment.first_query + self.query(lane)]
+    }
+
     /// How far each lane's query is ahead of the first lane's: one more after every `group` lanes.
     #[inline(always)]
     pub(crate) fn lanes_ahead<S: Simd, const NV: usize>(&self, s: S) -> [S::F32; NV] {
@@ -108,11 +114,11 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     pub(crate) fn pack_queries(&mut self, strip: usize) {
         let (s, rows, dk) = (self.s, self.rows_of(strip), self.call.plan.shape.key_dim);
         let packed = &mut self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR];
-        let (batch, first) = (rows.segment.batch, rows.segment.first_query);
         if let (Some(q), None, 1, false) = (self.call.q.as_f32(), &self.call.spec.rotary, rows.group, FEW)
             && rows.count == Self::NR
         {
-            let from = q.row_ptr(batch, rows.head(0), first + rows.first);
+            let [batch, head, position] = rows.place(0);
+            let from = q.row_ptr(batch, head, position);
             let stride = q.position_stride();
             // SAFETY: NR rows of dk values lie `stride` apart, and `packed` has room for them.
             unsafe { transpose(s, (Self::NR, dk), from, stride, packed.as_mut_ptr(), Self::NR as isize) };
@@ -121,10 +127,10 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             for lane in 0..Self::NR {
                 let to = &mut staged[lane * dk..][..dk];
                 if lane < rows.count {
-                    let position = first + rows.query(lane);
-                    self.call.q.widen_rows(s, [batch, rows.head(lane), position], 1, to, false);
+                    let place = rows.place(lane);
+                    self.call.q.widen_rows(s, place, 1, to, false);
                     if let Some(rotary) = &self.call.spec.rotary {
-                        rotary.rotate(rows.segment.index, position, self.call.plan.shape.query_len, to);
+                        rotary.rotate(rows.segment.index, place[2], self.call.plan.shape.query_len, to);
                     }
                 } else {
                     to.fill(0.0);

@@ -236,14 +236,6 @@ impl<'a, T> TensorRef<'a, T> {
         self.ptr.wrapping_offset(self.geometry.row(batch, head, position))
     }
 
-    /// Where a row begins, bytes from one position to the next, and bytes of a row.
-    #[inline(always)]
-    pub(crate) fn row_memory(&self, batch: usize, head: usize, position: usize) -> (*const u8, isize, usize) {
-        let size = size_of::<T>();
-        let stride = self.position_stride() * size as isize;
-        (self.row_ptr(batch, head, position).cast(), stride, size * self.geometry.shape[3])
-    }
-
     /// Position `position` of all batches, as the positions of one batch: (1, heads, batch, dim).
     pub(crate) fn across_batches(&self, position: usize) -> Self {
         let Geometry { shape: [batch, heads, _, dim], strides: [batch_stride, head_stride, position_stride] } =
@@ -342,6 +334,14 @@ macro_rules! geometry_of {
             /// Values from one position to the next.
             pub(crate) fn position_stride(&self) -> isize {
                 self.geometry.strides[2]
+            }
+
+            /// Where a row begins, bytes from one position to the next, and bytes of a row.
+            #[inline(always)]
+            pub(crate) fn row_memory(&self, batch: usize, head: usize, position: usize) -> (*const u8, isize, usize) {
+                let size = size_of::<T>();
+                let stride = self.position_stride() * size as isize;
+                (self.row_ptr(batch, head, position) as *const u8, stride, size * self.geometry.shape[3])
             }
         }
     };

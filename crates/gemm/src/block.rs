@@ -141,7 +141,7 @@ pub(crate) unsafe fn macro_kernel<S: Simd, A: LhsBlock, const MR: usize, const N
                 }
                 (row, index) = (MR, 1);
                 if col + 2 * nr <= job.cols {
-                    ahead = Ahead::new(source.at(nr, 0), source.depth_stride, job.depth, job.rows / MR);
+                    ahead = Ahead::new(source.at(nr, 0), source.depth_stride, job.depth, job.rows / MR, nr);
                 }
             } else {
                 // SAFETY: the source covers the panel's columns for `depth` steps, and there is room for the panel.
@@ -175,14 +175,15 @@ struct Ahead {
     stride: isize,
     left: usize,
     per_tile: usize,
+    width: usize,
 }
 
 impl Ahead {
-    const NOTHING: Self = Self { row: core::ptr::null(), stride: 0, left: 0, per_tile: 0 };
+    const NOTHING: Self = Self { row: core::ptr::null(), stride: 0, left: 0, per_tile: 0, width: 0 };
 
     /// `rows` lines, over the next `tiles` tiles.
-    fn new(row: *const f32, stride: isize, rows: usize, tiles: usize) -> Self {
-        Self { row, stride, left: rows, per_tile: rows.div_ceil(tiles.max(1)) }
+    fn new(row: *const f32, stride: isize, rows: usize, tiles: usize, width: usize) -> Self {
+        Self { row, stride, left: rows, per_tile: rows.div_ceil(tiles.max(1)), width }
     }
 
     /// A tile's share.
@@ -190,7 +191,9 @@ impl Ahead {
     fn prefetch<S: Simd>(&mut self, s: S) {
         let share = self.per_tile.min(self.left);
         for _ in 0..share {
-            s.prefetch(self.row);
+            for at in (0..self.width).step_by(16) {
+                s.prefetch(self.row.wrapping_add(at));
+            }
             self.row = self.row.wrapping_offset(self.stride);
         }
         self.left -= share;
@@ -201,8 +204,10 @@ impl Ahead {
 #[inline(always)]
 fn prefetch_target<S: Simd, const R: usize>(s: S, c: Target, nr: usize) {
     for i in 0..R {
-        s.prefetch(c.at(i, 0).ptr);
-        s.prefetch(c.at(i, nr - 1).ptr);
+        for at in (0..nr).step_by(16) {
+            s.prefetch_write(c.at(i, at).ptr);
+        }
+        s.prefetch_write(c.at(i, nr - 1).ptr);
     }
 }
 

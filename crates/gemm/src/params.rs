@@ -114,7 +114,7 @@ const NC: usize = 1024;
 
 /// Most rows per task. Every range packs B again, which its first tile does in passing: 512, 1024 and 2048 are within
 /// 1 % at 2048 cubed.
-const ROWS: usize = 512;
+const ROWS: usize = 2048;
 
 /// Bytes of A from which on its rows are copied side by side block by block: 2048 pages, about the reach of the TLBs of
 /// the last ten years. Worth 1 to 2 % at 2048 cubed (16 MiB), costs 1 to 2 % at 1024 cubed (4 MiB).
@@ -174,7 +174,7 @@ impl Plan {
         // What a task pays beside its tiles, in tiles: the first panel's tiles wait for A (or pack it), the first tile
         // of each panel packs it. Of the two ways to make more tasks, the cheaper one is taken.
         let a_cost = if far || !a_rows { 0.9 } else { 0.15 };
-        let b_cost = if pack_b { 0.7 } else { 0.1 };
+        let b_cost = if pack_b { 1.0 } else { 0.1 };
         let cost =
             |(nc, rows): (usize, usize)| a_cost * nr as f64 / nc as f64 + b_cost * mr as f64 / rows as f64;
         let split = |len: usize, parts: usize, unit: usize| len.div_ceil(parts).next_multiple_of(unit);

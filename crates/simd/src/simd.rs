@@ -203,4 +203,10 @@ pub trait Simd: sealed::Sealed + Copy + Send + Sync + Debug + 'static {
     fn prefetch_l2(self, p: *const f32) {
         let _ = p;
     }
+    /// Asks for the cache line at `p` to be brought into L1 as this core's own, to be written: one that another core has
+    /// written would otherwise come shared, and be asked for once more by the store. Any address is allowed.
+    #[inline(always)]
+    fn prefetch_write(self, p: *const f32) {
+        let _ = p;
+    }
 }
