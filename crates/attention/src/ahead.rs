@@ -2,8 +2,9 @@
 //! they lie far apart, or because a task begins with them.
 //!
 //! A few lines between two tiles of the first product. All at once they fill the queue of misses, and the kernel waits for
-//! them there as it would have waited later: a bias cost 1.19 times a call without one, spread out 1.11 (one thread,
-//! docs/TUNING.md).
+//! them there as it would have waited later: with a bias a call took 1.19 times as long as without, spread out 1.11 (one
+//! thread, docs/TUNING.md). Queries and outputs weigh most in short calls: batch 8, 12 heads, S 128 went from 80 to 86 %
+//! of the peak.
 
 use core::ops::Range;
 
@@ -14,12 +15,16 @@ use crate::{AttentionSpec, Bias, Broadcast, Data, DataMut};
 
 const LINE: usize = 64;
 
+/// Most output rows per tile. With fewer keys than it takes (12 heads, S 32) the outputs are small as well and still in a
+/// cache, and asking for five rows per tile costs a tenth of the call.
+const MOST_AT_ONCE: usize = 2;
+
 /// What the tiles of a strip's first product ask for.
 pub(crate) struct Ahead<'w> {
     /// For the second product, by the first strip that reads a block.
     pub(crate) values: Option<ValueRows>,
     /// For the next strip.
-    pub(crate) panels: Option<PanelLines>,
+    pub(crate) panels: Option<PanelRows>,
     /// For the end of this strip, by its last block.
     pub(crate) outputs: Option<OutputRows<'w>>,
 }
@@ -29,8 +34,12 @@ impl Ahead<'_> {
     #[inline(always)]
     pub(crate) fn step<S: Simd>(&mut self, s: S, keys: Range<usize>) {
         if let Some(panels) = &mut self.panels {
-            panels.mask.ask(s);
-            panels.bias.ask(s);
+            if let Some(mask) = &mut panels.mask {
+                mask.ask(s);
+            }
+            if let Some(bias) = &mut panels.bias {
+                bias.ask(s);
+            }
         }
         if let Some(values) = &self.values {
             for key in keys {
@@ -43,6 +52,7 @@ impl Ahead<'_> {
     }
 }
 
+/// Asks for the lines of a row.
 #[inline(always)]
 fn ask_for_row<S: Simd>(s: S, row: *const u8, bytes: usize) {
     for at in (0..bytes).step_by(LINE) {
@@ -57,7 +67,7 @@ pub(crate) struct ValueRows {
     pub(crate) bytes: usize,
 }
 
-/// Output rows of a strip: stores that miss would fill the store queue.
+/// Output rows of a strip, which its end will write: stores that miss would fill the store queue.
 pub(crate) struct OutputRows<'w> {
     out: &'w DataMut<'w>,
     rows: StripRows,
@@ -68,8 +78,9 @@ pub(crate) struct OutputRows<'w> {
 
 impl<'w> OutputRows<'w> {
     #[inline(always)]
-    pub(crate) fn new(out: &'w DataMut<'w>, rows: &StripRows, tiles: usize) -> Self {
-        Self { out, rows: *rows, lane: 0, step: if rows.count > 2 * tiles { 0 } else { rows.count.div_ceil(tiles) } }
+    pub(crate) fn new(out: &'w DataMut<'w>, rows: &StripRows, tiles: usize) -> Option<Self> {
+        let step = rows.count.div_ceil(tiles);
+        (step <= MOST_AT_ONCE).then_some(Self { out, rows: *rows, lane: 0, step })
     }
 
     #[inline(always)]
@@ -85,7 +96,7 @@ impl<'w> OutputRows<'w> {
     }
 }
 
-/// Asks for the query rows of a strip, all at once: a task begins with them, and has nothing else to do.
+/// Asks for the query rows of a strip, all at once: a task begins with them, and has nothing else to do meanwhile.
 #[inline(always)]
 pub(crate) fn ask_for_queries<S: Simd>(s: S, q: &Data<'_>, rows: &StripRows) {
     for lane in 0..rows.count {
@@ -94,27 +105,25 @@ pub(crate) fn ask_for_queries<S: Simd>(s: S, q: &Data<'_>, rows: &StripRows) {
     }
 }
 
-/// Lines of masks and biases that the next strip will read, in rows.
+/// Rows of masks and biases that the next strip will read.
 #[derive(Clone, Copy)]
-pub(crate) struct PanelLines {
-    mask: Lines,
-    bias: Lines,
+pub(crate) struct PanelRows {
+    mask: Option<Rows>,
+    bias: Option<Rows>,
 }
 
-/// Lines of 64 bytes in rows.
+/// Rows a constant distance apart.
 #[derive(Clone, Copy)]
-struct Lines {
+struct Rows {
     at: *const u8,
-    row_stride: isize,
-    rows: usize,
-    per_row: usize,
-    /// The line of the row that is next.
-    line: usize,
+    stride: isize,
+    left: usize,
+    bytes: usize,
     /// How many are asked for at a time.
     step: usize,
 }
 
-impl PanelLines {
+impl PanelRows {
     /// What `keys` keys of `rows` need, in `tiles` steps; `None` where nothing is worth it.
     #[inline(always)]
     pub(crate) fn new(
@@ -123,50 +132,39 @@ impl PanelLines {
         keys: &Range<usize>,
         tiles: usize,
     ) -> Option<Self> {
-        let mask = spec.mask.as_ref().and_then(|mask| Lines::of(mask, rows, keys, tiles));
+        let mask = spec.mask.as_ref().and_then(|mask| Rows::of(mask, rows, keys, tiles));
         let bias = match &spec.bias {
-            Some(Bias::F32(bias)) => Lines::of(bias, rows, keys, tiles),
-            Some(Bias::Half(_, bias)) => Lines::of(bias, rows, keys, tiles),
+            Some(Bias::F32(bias)) => Rows::of(bias, rows, keys, tiles),
+            Some(Bias::Half(_, bias)) => Rows::of(bias, rows, keys, tiles),
             None => None,
         };
-        let none = Lines { at: core::ptr::null(), row_stride: 0, rows: 0, per_row: 0, line: 0, step: 0 };
-        (mask.is_some() || bias.is_some())
-            .then(|| Self { mask: mask.unwrap_or(none), bias: bias.unwrap_or(none) })
+        (mask.is_some() || bias.is_some()).then_some(Self { mask, bias })
     }
 }
 
-impl Lines {
+impl Rows {
     #[inline(always)]
     fn of<T>(from: &Broadcast<'_, T>, rows: &StripRows, keys: &Range<usize>, tiles: usize) -> Option<Self> {
         let [_, _, stride, 1] = from.expanded() else { return None };
         if keys.is_empty() || rows.group != 1 || stride == 0 {
             return None;
         }
-        let per_row = (keys.len() * size_of::<T>()).div_ceil(LINE);
         Some(Self {
             at: from.at([rows.segment.index, rows.head(0), rows.query(0), keys.start]).cast(),
-            row_stride: stride * size_of::<T>() as isize,
-            rows: rows.count,
-            per_row,
-            line: 0,
-            step: (rows.count * per_row).div_ceil(tiles),
+            stride: stride * size_of::<T>() as isize,
+            left: rows.count,
+            bytes: keys.len() * size_of::<T>(),
+            step: rows.count.div_ceil(tiles),
         })
     }
 
     #[inline(always)]
     fn ask<S: Simd>(&mut self, s: S) {
-        for _ in 0..self.step {
-            if self.rows == 0 {
-                return;
-            }
-            s.prefetch(self.at.wrapping_add(self.line * LINE).cast());
-            self.line += 1;
-            if self.line == self.per_row {
-                self.line = 0;
-                self.rows -= 1;
-                self.at = self.at.wrapping_offset(self.row_stride);
-            }
+        let now = self.step.min(self.left);
+        for _ in 0..now {
+            ask_for_row(s, self.at, self.bytes);
+            self.at = self.at.wrapping_offset(self.stride);
         }
+        self.left -= now;
     }
 }
-

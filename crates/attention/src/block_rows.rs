@@ -108,8 +108,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         FewRows { rows: list, kind, scales, dim }
     }
 
-    /// The addresses of the rows of the block after `keys`, as far as the task has any, and the bytes of each. What is copied
-    /// asks for its rows itself: none.
+    /// The addresses of the rows of the block after `keys`, at the task's end of the next task's first, and the bytes of each.
+    /// What is copied asks for its rows itself: none.
     #[inline(always)]
     pub(crate) fn ask_for_next(
         &self,
@@ -117,10 +117,16 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         keys: &Range<usize>,
         to: &mut [*const u8; FEW_BLOCK],
     ) -> usize {
-        let next = keys.end..(keys.end + FEW_BLOCK).min(self.end);
-        if rows.row_kind().is_none() || next.is_empty() {
+        if rows.row_kind().is_none() {
             return 0;
         }
-        rows.memory(&self.task.segment, self.task.kv_head, &next, &mut to[..next.len()])
+        let next = keys.end..(keys.end + FEW_BLOCK).min(self.end);
+        match &self.next_keys {
+            _ if !next.is_empty() => {
+                rows.memory(&self.task.segment, self.task.kv_head, &next, &mut to[..next.len()])
+            }
+            Some((segment, head, next)) => rows.memory(segment, *head, next, &mut to[..next.len()]),
+            None => 0,
+        }
     }
 }

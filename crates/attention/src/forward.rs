@@ -164,8 +164,10 @@ pub(crate) fn run<R: ScoreRule>(
     let units = Units::new(spec, shape.key_dim, R::ACTIVE);
     let call = Call { q, k, v, out, lse, maxima, weights: None, spec, rule, isa, units, plan, shared };
     let work = |tasks: &Tasks<'_>| {
-        while let Some(index) = tasks.take() {
-            with_tile(isa, Prefill { call: &call, task: call.plan.task(index) });
+        let mut next = tasks.take();
+        while let Some(index) = next {
+            let task = call.plan.task(index);
+            next = with_tile(isa, Prefill { call: &call, task, tasks: Some(tasks) }).or_else(|| tasks.take());
         }
     };
     if shape.flops(spec.causal) < INLINE_FLOPS {

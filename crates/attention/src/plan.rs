@@ -342,15 +342,17 @@ impl Plan {
     }
 
     /// The strips of a task.
-    pub(crate) fn strips_of<'t>(&self, task: &'t Task) -> impl Iterator<Item = StripRows> + use<'t> {
-        let (nr, group) = (self.kernel.nr, self.shape.group());
-        task.rows.clone().step_by(nr).map(move |first| StripRows {
-            segment: task.segment,
-            kv_head: task.kv_head,
-            group,
-            first,
-            count: nr.min(task.rows.end - first),
-        })
+    pub(crate) fn strips_of<'t>(&'t self, task: &'t Task) -> impl Iterator<Item = StripRows> + use<'t> {
+        let nr = self.kernel.nr;
+        let cut = move |first: usize| first..task.rows.end.min(first + nr);
+        task.rows.clone().step_by(nr).map(move |first| self.rows_of(task, cut(first)))
+    }
+
+    /// Some rows of a task, not none.
+    #[inline(always)]
+    pub(crate) fn rows_of(&self, task: &Task, rows: Range<usize>) -> StripRows {
+        let Task { segment, kv_head, .. } = *task;
+        StripRows { segment, kv_head, group: self.shape.group(), first: rows.start, count: rows.len() }
     }
 
     /// Strips of NR rows in the largest task.

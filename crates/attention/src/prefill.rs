@@ -15,15 +15,16 @@
 
 use core::ops::Range;
 
+use qkv_gemm::parallel::Tasks;
 use qkv_gemm::{TileOp, for_row_tiles, with_scratch};
 use qkv_simd::{Isa, Simd, SimdOp};
 
-use crate::ahead::{Ahead, OutputRows, PanelLines, ValueRows, ask_for_queries};
+use crate::ahead::{Ahead, OutputRows, PanelRows, ValueRows, ask_for_queries};
 use crate::block_rows::BlockRows;
 use crate::few_rows::{
     self, AheadRows, FEW_BLOCK, FewScores, FewSums, fold_keys, packed_stride, repeat_first_key,
 };
-use crate::interval::{self, Ends, Visible};
+use crate::interval::{self, Ends, Segment, Visible};
 use crate::kv_rows::KvRows;
 use crate::layout::{Layout, Scratch};
 use crate::online_softmax::{self, SUM_CHAINS};
@@ -67,24 +68,27 @@ pub(crate) struct Call<'a, R> {
 pub(crate) struct Prefill<'c, 'a, R> {
     pub(crate) call: &'c Call<'a, R>,
     pub(crate) task: Task,
+    /// Where the worker finds its next task.
+    pub(crate) tasks: Option<&'c Tasks<'c>>,
 }
 
 impl<R: ScoreRule> TileOp for Prefill<'_, '_, R> {
-    type Output = ();
+    /// The next task, if it was taken already.
+    type Output = Option<usize>;
 
     #[inline(always)]
-    fn eval<S: Simd, const MR: usize, const NV: usize>(self, s: S) {
+    fn eval<S: Simd, const MR: usize, const NV: usize>(self, s: S) -> Option<usize> {
         let plan = &self.call.plan;
         let layout = Layout::new(plan);
         with_scratch(layout.total, |memory| {
             let scratch = Scratch::cut(&layout, memory);
             // The closure runs inside a function without vector features: enter them again.
             if plan.has_few_rows(&self.task.segment) {
-                s.vectorize(Worker::<S, R, MR, 1, true>::new(s, self.call, &self.task, scratch));
+                s.vectorize(Worker::<S, R, MR, 1, true>::new(s, &self, scratch))
             } else {
-                s.vectorize(Worker::<S, R, MR, NV, false>::new(s, self.call, &self.task, scratch));
+                s.vectorize(Worker::<S, R, MR, NV, false>::new(s, &self, scratch))
             }
-        });
+        })
     }
 }
 
@@ -107,13 +111,19 @@ pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize, const F
     pub(crate) block: Range<usize>,
     pub(crate) keys: BlockRows,
     pub(crate) values: BlockRows,
+    /// Where the next task is to be found, and the one that was taken while this one ends.
+    tasks: Option<&'w Tasks<'w>>,
+    next: Option<usize>,
+    /// The keys that the next task begins with, for few rows: sequence, key/value head, keys.
+    pub(crate) next_keys: Option<(Segment, usize, Range<usize>)>,
 }
 
 impl<'w, 'a, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     Worker<'w, 'a, S, R, MR, NV, FEW>
 {
     #[inline(always)]
-    fn new(s: S, call: &'w Call<'a, R>, task: &'w Task, scratch: Scratch<'w>) -> Self {
+    fn new(s: S, of: &'w Prefill<'w, 'a, R>, scratch: Scratch<'w>) -> Self {
+        let &Prefill { call, ref task, tasks } = of;
         Self {
             s,
             call,
@@ -127,6 +137,9 @@ impl<'w, 'a, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW:
             block: 0..0,
             keys: BlockRows::NONE,
             values: BlockRows::NONE,
+            tasks,
+            next: None,
+            next_keys: None,
         }
     }
 }
@@ -134,14 +147,15 @@ impl<'w, 'a, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW:
 impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> SimdOp
     for Worker<'_, '_, S, R, MR, NV, FEW>
 {
-    type Output = ();
+    type Output = Option<usize>;
 
     #[inline(always)]
-    fn eval<Same: Simd>(mut self, _: Same) {
+    fn eval<Same: Simd>(mut self, _: Same) -> Option<usize> {
         if self.task.parts.is_empty() {
-            return;
+            return None;
         }
         let (s, strips) = (self.s, self.task.rows.len().div_ceil(Self::NR));
+        // A task of one strip belongs to a call so small that its queries are in a cache.
         if !FEW && strips > 1 {
             ask_for_queries(s, &self.call.q, &self.rows_of(0));
         }
@@ -151,10 +165,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> S
             }
             self.pack_queries(strip);
         }
-        let segment = &self.task.segment;
-        let all = StripRows { count: self.task.rows.len(), ..self.rows_of(0) };
-        let visible = interval::visible(self.call.spec, segment, all.queries()).any;
-        let (parts, part_keys) = self.call.plan.parts(segment);
+        let visible = self.call.visible(self.task);
+        let (parts, part_keys) = self.call.plan.parts(&self.task.segment);
         self.end = visible.end.min(self.task.parts.end.saturating_mul(part_keys));
         for part in self.task.parts.clone() {
             for strip in 0..strips {
@@ -168,6 +180,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> S
             let block = self.key_block;
             for begin in (keys.start / block * block..keys.end).step_by(block) {
                 let in_block = begin..(begin + block).min(keys.end);
+                if FEW && in_block.end >= self.end {
+                    self.take_next();
+                }
                 // The last rows first: under a causal mask they see most of the block, and bring it in for the others.
                 for strip in (0..strips).rev() {
                     self.fold_block(strip, in_block.clone());
@@ -178,7 +193,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> S
             }
         }
         if parts > 1 {
-            return self.merge_parts(parts);
+            self.merge_parts(parts);
+            return self.next;
         }
         if self.call.weights.is_some() {
             let (keys, block) = (visible, self.key_block);
@@ -191,6 +207,15 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> S
         for strip in 0..strips {
             self.store_outputs(strip);
         }
+        self.next
+    }
+}
+
+impl<R> Call<'_, R> {
+    /// The keys that any row of a task sees, as far as intervals go.
+    fn visible(&self, task: &Task) -> Range<usize> {
+        let all = self.plan.rows_of(task, task.rows.clone());
+        interval::visible(self.spec, &task.segment, all.queries()).any
     }
 }
 
@@ -204,13 +229,29 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     #[inline(always)]
     pub(crate) fn rows_of(&self, strip: usize) -> StripRows {
         let first = self.task.rows.start + strip * Self::NR;
-        StripRows {
-            segment: self.task.segment,
-            kv_head: self.task.kv_head,
-            group: self.call.plan.shape.group(),
-            first,
-            count: Self::NR.min(self.task.rows.end - first),
-        }
+        self.call.plan.rows_of(self.task, first..self.task.rows.end.min(first + Self::NR))
+    }
+
+    /// Takes the next task when this one comes to its last block of keys, so that the next one's first can be asked for: nothing
+    /// else would, and a task of few rows is no more than its keys.
+    #[inline(always)]
+    fn take_next(&mut self) {
+        let (call, None) = (self.call, self.next) else { return };
+        self.next = self.tasks.and_then(Tasks::take);
+        self.next_keys = self.next.and_then(|index| {
+            let task = call.plan.task(index);
+            if task.parts.is_empty() || !call.plan.has_few_rows(&task.segment) {
+                return None;
+            }
+            let visible = call.visible(&task);
+            let first = match call.plan.parts(&task.segment) {
+                (1, _) => visible.start,
+                (_, part_keys) => visible.start.max(task.parts.start * part_keys),
+            };
+            let end = (first / FEW_BLOCK + 1) * FEW_BLOCK;
+            let keys = first..end.min(visible.end);
+            (!keys.is_empty()).then_some((task.segment, task.kv_head, keys))
+        });
     }
 
     /// Whether it holds the task's last rows, and so is the first to be computed.
@@ -379,8 +420,10 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             }),
             panels: self
                 .next_strip(strip, rows, keys)
-                .and_then(|(rows, keys)| PanelLines::new(spec, &rows, &keys, tiles)),
-            outputs: (keys.end >= visible.any.end.min(self.end)).then(|| OutputRows::new(&call.out, rows, tiles)),
+                .and_then(|(rows, keys)| PanelRows::new(spec, &rows, &keys, tiles)),
+            outputs: (keys.end >= visible.any.end.min(self.end))
+                .then(|| OutputRows::new(&call.out, rows, tiles))
+                .flatten(),
         };
         let (mut key_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
         let mut next_rows = [core::ptr::null(); FEW_BLOCK];

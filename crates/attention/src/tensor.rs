@@ -338,7 +338,12 @@ macro_rules! geometry_of {
 
             /// Where a row begins, bytes from one position to the next, and bytes of a row.
             #[inline(always)]
-            pub(crate) fn row_memory(&self, batch: usize, head: usize, position: usize) -> (*const u8, isize, usize) {
+            pub(crate) fn row_memory(
+                &self,
+                batch: usize,
+                head: usize,
+                position: usize,
+            ) -> (*const u8, isize, usize) {
                 let size = size_of::<T>();
                 let stride = self.position_stride() * size as isize;
                 (self.row_ptr(batch, head, position) as *const u8, stride, size * self.geometry.shape[3])

@@ -102,7 +102,7 @@ fn weights_of(
     };
     run_tasks_in_order(tasks.len(), |numbers| {
         while let Some(index) = numbers.take() {
-            with_tile(isa, Prefill { call: &call, task: tasks[index].clone() });
+            with_tile(isa, Prefill { call: &call, task: tasks[index].clone(), tasks: None });
         }
     });
     Ok(weights)

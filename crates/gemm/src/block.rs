@@ -100,6 +100,9 @@ pub(crate) struct Job<'a> {
     pub(crate) place: (usize, usize, usize),
 }
 
+/// Values per cache line.
+const LINE: usize = 16;
+
 /// Values of the largest tile of any instruction set.
 const LARGEST_TILE: usize = 16 * 32;
 
@@ -141,7 +144,7 @@ pub(crate) unsafe fn macro_kernel<S: Simd, A: LhsBlock, const MR: usize, const N
                 }
                 (row, index) = (MR, 1);
                 if col + 2 * nr <= job.cols {
-                    ahead = Ahead::new(source.at(nr, 0), source.depth_stride, job.depth, job.rows / MR, nr);
+                    ahead = Ahead::new((source.at(nr, 0), source.depth_stride), job.depth, job.rows / MR, nr);
                 }
             } else {
                 // SAFETY: the source covers the panel's columns for `depth` steps, and there is room for the panel.
@@ -169,7 +172,7 @@ pub(crate) unsafe fn macro_kernel<S: Simd, A: LhsBlock, const MR: usize, const N
 
 /// The rows of the next panel of B, brought in while the tiles of this one are computed.
 ///
-/// The first tile of a panel reads one line out of each of many rows, which no prefetcher of the hardware follows.
+/// The first tile of a panel reads a line or two out of each of many rows, which no prefetcher of the hardware follows.
 struct Ahead {
     row: *const f32,
     stride: isize,
@@ -181,8 +184,8 @@ struct Ahead {
 impl Ahead {
     const NOTHING: Self = Self { row: core::ptr::null(), stride: 0, left: 0, per_tile: 0, width: 0 };
 
-    /// `rows` lines, over the next `tiles` tiles.
-    fn new(row: *const f32, stride: isize, rows: usize, tiles: usize, width: usize) -> Self {
+    /// `rows` rows of `width` values, over the next `tiles` tiles.
+    fn new((row, stride): (*const f32, isize), rows: usize, tiles: usize, width: usize) -> Self {
         Self { row, stride, left: rows, per_tile: rows.div_ceil(tiles.max(1)), width }
     }
 
@@ -191,7 +194,7 @@ impl Ahead {
     fn prefetch<S: Simd>(&mut self, s: S) {
         let share = self.per_tile.min(self.left);
         for _ in 0..share {
-            for at in (0..self.width).step_by(16) {
+            for at in (0..self.width).step_by(LINE) {
                 s.prefetch(self.row.wrapping_add(at));
             }
             self.row = self.row.wrapping_offset(self.stride);
@@ -200,11 +203,11 @@ impl Ahead {
     }
 }
 
-/// Asks for the lines of C that a tile will write: they arrive while it is computed.
+/// Asks for the lines of C that a tile will write: they arrive while it is computed. Rows need not begin with a line.
 #[inline(always)]
 fn prefetch_target<S: Simd, const R: usize>(s: S, c: Target, nr: usize) {
     for i in 0..R {
-        for at in (0..nr).step_by(16) {
+        for at in (0..nr).step_by(LINE) {
             s.prefetch_write(c.at(i, at).ptr);
         }
         s.prefetch_write(c.at(i, nr - 1).ptr);

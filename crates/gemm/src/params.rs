@@ -112,8 +112,8 @@ const SMALL: usize = 1 << 25;
 /// again through a TLB that cannot hold it; at 1024 cubed they are within 1 %.
 const NC: usize = 1024;
 
-/// Most rows per task. Every range packs B again, which its first tile does in passing: 512, 1024 and 2048 are within
-/// 1 % at 2048 cubed.
+/// Most rows per task. Every range packs B again, which its first tile does in passing. 2048 cubed on two threads with 16 lanes:
+/// 200 GFLOP/s with ranges of 512, 207 with 1024, 212 with one and a task per thread; with 8 lanes within 1 %.
 const ROWS: usize = 2048;
 
 /// Bytes of A from which on its rows are copied side by side block by block: 2048 pages, about the reach of the TLBs of
