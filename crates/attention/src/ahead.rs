@@ -15,10 +15,6 @@ use crate::{AttentionSpec, Bias, Broadcast, Data, DataMut};
 
 const LINE: usize = 64;
 
-/// Most output rows per tile. With fewer keys than it takes (12 heads, S 32) the outputs are small as well and still in a
-/// cache, and asking for five rows per tile costs a tenth of the call.
-const MOST_AT_ONCE: usize = 2;
-
 /// What the tiles of a strip's first product ask for.
 pub(crate) struct Ahead<'w> {
     /// For the second product, by the first strip that reads a block.
@@ -78,9 +74,8 @@ pub(crate) struct OutputRows<'w> {
 
 impl<'w> OutputRows<'w> {
     #[inline(always)]
-    pub(crate) fn new(out: &'w DataMut<'w>, rows: &StripRows, tiles: usize) -> Option<Self> {
-        let step = rows.count.div_ceil(tiles);
-        (step <= MOST_AT_ONCE).then_some(Self { out, rows: *rows, lane: 0, step })
+    pub(crate) fn new(out: &'w DataMut<'w>, rows: &StripRows, tiles: usize) -> Self {
+        Self { out, rows: *rows, lane: 0, step: rows.count.div_ceil(tiles) }
     }
 
     #[inline(always)]

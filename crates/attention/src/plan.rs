@@ -105,6 +105,10 @@ const MAX_ROWS: usize = tuned(option_env!("QKV_TUNE_MAX_ROWS"), 96);
 /// Scratch that the rows of one task may take (queries and outputs) before their number is cut: 512 KiB.
 const MAX_ROW_VALUES: usize = 128 << 10;
 
+/// Values of queries and outputs from which on they are asked for ahead of time: 1 MiB, the second cache of two small cores or of
+/// one large one. Below it asking is in vain, and costs a call of 12 heads and S 32 a tenth of its time.
+const COLD: usize = 256 << 10;
+
 /// Tasks that a call should have before its rows are cut finer for the threads' sake.
 const ENOUGH_TASKS: usize = 32;
 
@@ -142,6 +146,8 @@ pub struct Plan {
     tasks: usize,
     longest_first: bool,
     pub(crate) has_panels: bool,
+    /// Whether queries and outputs are too large to be still in a cache.
+    pub(crate) is_cold: bool,
     /// Whether blocks of keys and of values are copied: widened, or gathered from pages.
     pub(crate) copies: [bool; 2],
     /// Whether keys may be cut into parts, and whether these are tasks of their own.
@@ -201,6 +207,7 @@ impl Plan {
             tasks: 0,
             longest_first: spec.causal.is_some(),
             has_panels: crate::panels::has_bias(spec),
+            is_cold: all_rows.saturating_mul(shape.kv_heads * (shape.key_dim + shape.value_dim)) > COLD,
             copies: [k.is_copied(), v.is_copied()],
             has_parts: true,
             splits: most_parts > 1 && units < ENOUGH_UNITS,

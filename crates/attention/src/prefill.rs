@@ -155,12 +155,12 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> S
             return None;
         }
         let (s, strips) = (self.s, self.task.rows.len().div_ceil(Self::NR));
-        // A task of one strip belongs to a call so small that its queries are in a cache.
-        if !FEW && strips > 1 {
+        let asks = !FEW && self.call.plan.is_cold;
+        if asks {
             ask_for_queries(s, &self.call.q, &self.rows_of(0));
         }
         for strip in 0..strips {
-            if !FEW && strip + 1 < strips {
+            if asks && strip + 1 < strips {
                 ask_for_queries(s, &self.call.q, &self.rows_of(strip + 1));
             }
             self.pack_queries(strip);
@@ -421,9 +421,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             panels: self
                 .next_strip(strip, rows, keys)
                 .and_then(|(rows, keys)| PanelRows::new(spec, &rows, &keys, tiles)),
-            outputs: (keys.end >= visible.any.end.min(self.end))
-                .then(|| OutputRows::new(&call.out, rows, tiles))
-                .flatten(),
+            outputs: (call.plan.is_cold && keys.end >= visible.any.end.min(self.end))
+                .then(|| OutputRows::new(&call.out, rows, tiles)),
         };
         let (mut key_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
         let mut next_rows = [core::ptr::null(); FEW_BLOCK];
