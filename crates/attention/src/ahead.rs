@@ -48,12 +48,18 @@ impl Ahead<'_> {
     }
 }
 
-/// Asks for the lines of a row, the one that it ends in too: rows seldom begin with a line.
+/// The lines of a row, the one that it ends in too: rows seldom begin with a line.
+#[inline(always)]
+fn lines(row: *const u8, bytes: usize) -> impl Iterator<Item = *const f32> {
+    let before = row.addr() % LINE;
+    (0..before + bytes).step_by(LINE).map(move |at| row.wrapping_sub(before).wrapping_add(at).cast())
+}
+
+/// Asks for a row that will be read.
 #[inline(always)]
 fn ask_for_row<S: Simd>(s: S, row: *const u8, bytes: usize) {
-    let before = row.addr() % LINE;
-    for at in (0..before + bytes).step_by(LINE) {
-        s.prefetch(row.wrapping_sub(before).wrapping_add(at).cast());
+    for line in lines(row, bytes) {
+        s.prefetch(line);
     }
 }
 
@@ -84,8 +90,8 @@ impl<'w> OutputRows<'w> {
         let end = (self.lane + self.step).min(self.rows.count);
         for lane in self.lane..end {
             let (row, _, bytes) = self.out.row_memory(self.rows.place(lane));
-            for at in (0..bytes).step_by(LINE) {
-                s.prefetch_write(row.wrapping_add(at).cast());
+            for line in lines(row, bytes) {
+                s.prefetch_write(line);
             }
         }
         self.lane = end;

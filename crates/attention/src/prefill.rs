@@ -288,7 +288,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     /// Folds one block of keys into a strip: scores, softmax update, weighted values.
     #[inline(always)]
     fn fold_block(&mut self, strip: usize, block: Range<usize>) {
-        let Some(BlockScores { keys, visible, max: mut block_max, anywhere, mut stride }) =
+        let Some(BlockScores { keys, visible, vectors, max: mut block_max, anywhere, mut stride }) =
             self.block_scores(strip, block)
         else {
             return;
@@ -327,7 +327,6 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             }
             None => self.values,
         };
-        let vectors = Vectors::new::<S, NV>(self.call.spec, &self.rows_of(strip), &visible, &keys);
         self.weighted_sum(strip, values, (&keys, stride), vectors, alpha);
         if let Some(seen) = seen {
             self.add_visible_nans(strip, (&keys, stride), &seen);
@@ -370,9 +369,10 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 return None;
             }
         }
-        let (max, bias_masks, stride) = self.scores(&rows, &keys, &runs, &visible, (strip, bits));
+        let vectors = Vectors::new::<S, NV>(spec, &rows, &visible, &keys);
+        let (max, bias_masks, stride) = self.scores(&rows, &keys, &runs, (&visible, &vectors), (strip, bits));
         let anywhere = bits == Bits::Some || bias_masks || R::ACTIVE || runs.as_slice().len() > 1;
-        Some(BlockScores { keys, visible, max, anywhere, stride })
+        Some(BlockScores { keys, visible, vectors, max, anywhere, stride })
     }
 
     /// The strip that comes next, and its keys, where a mask or a bias has to be brought in for it: the one before in this
@@ -404,7 +404,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         rows: &StripRows,
         keys: &Range<usize>,
         runs: &Runs,
-        visible: &Visible,
+        (visible, vectors): (&Visible, &Vectors),
         (strip, bits): (usize, Bits),
     ) -> ([S::F32; NV], bool, usize) {
         let (s, call, spec) = (self.s, self.call, self.call.spec);
@@ -441,7 +441,6 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 ..visible.whole.end.saturating_sub(keys.start),
         };
         let light = !needs_pass && !FEW;
-        let vectors = Vectors::new::<S, NV>(spec, rows, visible, keys);
         let queries = &self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR];
         let scores = &mut self.scratch.scores[..keys.len() * Self::NR];
         if let Some(few) = few {
@@ -584,6 +583,7 @@ pub(crate) struct BlockScores<F, const NV: usize> {
     /// The keys whose scores they are.
     pub(crate) keys: Range<usize>,
     visible: Visible,
+    vectors: Vectors,
     /// The largest per lane.
     max: [F; NV],
     /// Whether any key may be masked for some lane, not only those on the edge of the interval.

@@ -41,8 +41,8 @@ impl<S: Simd, const NV: usize> RowsOp for Scores<'_, S, NV> {
         self.ahead.step(s, first..first + ROWS);
         // SAFETY: key rows first..first + ROWS exist and have `depth` values; the packed queries are [depth][nr].
         let mut acc = unsafe {
-            match self.vectors.of(first..first + ROWS) {
-                Some(v) => one_vector::<S, _, ROWS, NV>(s, self.depth, lhs, rhs, v.min(NV - 1)),
+            match self.vectors.only::<NV>(first) {
+                Some(v) => one_vector::<S, _, ROWS, NV>(s, self.depth, lhs, rhs, v),
                 None => sums::<S, _, ROWS, NV>(s, self.depth, lhs, rhs),
             }
         };
@@ -145,13 +145,13 @@ impl Vectors {
         acc
     }
 
-    /// The only vector, 0 or the last, that `keys`, inside of one part, have to do with.
+    /// The only vector, the first or the last, that the part with `key` has to do with.
     #[inline(always)]
-    fn of(&self, keys: Range<usize>) -> Option<usize> {
-        if keys.start < self.all.start {
+    fn only<const NV: usize>(&self, key: usize) -> Option<usize> {
+        if key < self.all.start {
             Some(0)
-        } else if keys.start >= self.all.end {
-            Some(usize::MAX)
+        } else if key >= self.all.end {
+            Some(NV - 1)
         } else {
             None
         }
