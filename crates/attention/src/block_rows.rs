@@ -5,7 +5,8 @@ use core::ops::Range;
 
 use qkv_simd::Simd;
 
-use crate::few_rows::{FEW_BLOCK, FewRows, RowKind};
+use crate::few_rows::{AheadRows, FEW_BLOCK, FewRows, RowKind};
+use crate::interval::Segment;
 use crate::kv_rows::KvRows;
 use crate::prefill::Worker;
 use crate::rule::ScoreRule;
@@ -108,25 +109,45 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         FewRows { rows: list, kind, scales, dim }
     }
 
-    /// The addresses of the rows of the block after `keys`, at the task's end of the next task's first, and the bytes of each.
-    /// What is copied asks for its rows itself: none.
+    /// The rows to be asked for while `now` is read, which are the `rows` of `keys`: see [`AheadRows`]. What is copied asks for its
+    /// rows itself.
     #[inline(always)]
-    pub(crate) fn ask_for_next(
+    pub(crate) fn rows_ahead<'m>(
         &self,
+        now: &FewRows<'_>,
         rows: &KvRows<'_>,
         keys: &Range<usize>,
-        to: &mut [*const u8; FEW_BLOCK],
-    ) -> usize {
-        if rows.row_kind().is_none() {
-            return 0;
+        to: &'m mut [*const u8; FEW_BLOCK],
+    ) -> AheadRows<'m> {
+        let (call, is_single) = (self.call, self.task.rows.len() == 1);
+        let (distance, count) = (AheadRows::distance(now, is_single), now.rows.len());
+        let here = count.saturating_sub(distance);
+        to[..here].copy_from_slice(&now.rows[count - here..]);
+        let (rows, then) = if is_single {
+            (rows, self.block_after(keys))
+        } else if core::ptr::eq(rows, &raw const call.k) {
+            (&call.v, Some((&self.task.segment, self.task.kv_head, keys.clone())))
+        } else {
+            (&call.k, self.block_after(keys))
+        };
+        let mut filled = here;
+        if let Some((segment, head, keys)) = then.filter(|_| rows.row_kind().is_some()) {
+            // In a short block the first of them are no longer `distance` ahead.
+            let first = keys.end.min(keys.start + distance - (count - here));
+            let keys = first..keys.end.min(keys.start + distance);
+            filled += keys.len();
+            rows.memory(segment, head, &keys, &mut to[here..filled]);
         }
+        AheadRows(&to[..filled])
+    }
+
+    /// What is read after a block of keys: the next block, at the task's end the next task's first.
+    #[inline(always)]
+    fn block_after(&self, keys: &Range<usize>) -> Option<(&Segment, usize, Range<usize>)> {
         let next = keys.end..(keys.end + FEW_BLOCK).min(self.end);
-        match &self.next_keys {
-            _ if !next.is_empty() => {
-                rows.memory(&self.task.segment, self.task.kv_head, &next, &mut to[..next.len()])
-            }
-            Some((segment, head, next)) => rows.memory(segment, *head, next, &mut to[..next.len()]),
-            None => 0,
+        if !next.is_empty() {
+            return Some((&self.task.segment, self.task.kv_head, next));
         }
+        self.next_keys.as_ref().map(|(segment, head, next)| (segment, *head, next.clone()))
     }
 }

@@ -22,7 +22,7 @@ use qkv_simd::{Isa, Simd, SimdOp};
 use crate::ahead::{Ahead, OutputRows, PanelRows, ValueRows, ask_for_queries};
 use crate::block_rows::BlockRows;
 use crate::few_rows::{
-    self, AheadRows, FEW_BLOCK, FewScores, FewSums, fold_keys, packed_stride, repeat_first_key,
+    self, FEW_BLOCK, FewScores, FewSums, fold_keys, packed_stride, repeat_first_key,
 };
 use crate::interval::{self, Ends, Segment, Visible};
 use crate::kv_rows::KvRows;
@@ -427,7 +427,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let (mut key_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
         let mut next_rows = [core::ptr::null(); FEW_BLOCK];
         let few = FEW.then(|| self.few_rows(&call.k, self.keys, keys, (&mut key_rows, &mut scales)));
-        let bytes = if FEW { self.ask_for_next(&call.k, keys, &mut next_rows) } else { 0 };
+        let next_rows = few.as_ref().map(|few| self.rows_ahead(few, &call.k, keys, &mut next_rows));
         let panel = if call.plan.has_panels { keys.len() * Self::NR } else { 0 };
         let bias =
             BiasPanel::new(s, spec, rows, keys, (&mut self.scratch.bias[..panel], &mut *self.scratch.rows));
@@ -443,7 +443,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let light = !needs_pass && !FEW;
         let queries = &self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR];
         let scores = &mut self.scratch.scores[..keys.len() * Self::NR];
-        if let Some(few) = few {
+        if let (Some(few), Some(next_rows)) = (few, next_rows) {
             let plain = !needs_pass && tile_ops.is_empty();
             let packs = plain && runs.as_slice().len() == 1 && call.weights.is_none();
             let stride = if packs { packed_stride::<S>(rows.count) } else { S::LANES };
@@ -456,7 +456,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                     scores: &mut scores[run.start * stride..],
                     stride,
                 };
-                let ahead = AheadRows { rows: &next_rows[run.clone()], bytes };
+                let ahead = next_rows.part(run);
                 // SAFETY: the keys of the block have rows of `dk` values.
                 unsafe { op.run(call.isa, ahead) };
             }
@@ -537,19 +537,19 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let (mut value_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
         let mut next_rows = [core::ptr::null(); FEW_BLOCK];
         let few = FEW.then(|| self.few_rows(&self.call.v, values, keys, (&mut value_rows, &mut scales)));
-        let bytes = if FEW { self.ask_for_next(&self.call.v, keys, &mut next_rows) } else { 0 };
+        let ahead = few.as_ref().map(|few| self.rows_ahead(few, &self.call.v, keys, &mut next_rows));
         let weights = &self.scratch.scores[..keys.len() * stride];
         let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
-        if let Some(few) = few {
+        if let (Some(few), Some(ahead)) = (few, ahead) {
             let mut op = FewSums {
                 weights,
                 stride,
                 values: few,
+                first_key: keys.start - self.block.start,
                 count: self.task.rows.len(),
                 alpha: started.then_some(&factors),
                 outputs,
             };
-            let ahead = AheadRows { rows: &next_rows, bytes };
             // SAFETY: the keys of the block have value rows of `dv` values.
             unsafe { op.run(self.call.isa, ahead) };
             return;
