@@ -10,6 +10,7 @@
 mod contiguous;
 mod error;
 mod paged;
+mod pool;
 mod slab;
 
 pub use contiguous::{KvCache, KvCacheConfig};

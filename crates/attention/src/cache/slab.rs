@@ -15,6 +15,7 @@ use core::fmt;
 use half::{bf16, f16};
 
 use super::CacheError;
+use super::pool::Pool;
 use crate::{Data, Int8Ref, TensorError, TensorRef};
 
 /// What a cache's keys and values consist of.
@@ -63,10 +64,10 @@ pub(super) struct Slab {
 
 #[derive(Clone)]
 enum Values {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
-    Int8 { values: Vec<i8>, scales: Vec<f32>, zeros: Option<Vec<f32>> },
+    F32(Pool<f32>),
+    F16(Pool<f16>),
+    Bf16(Pool<bf16>),
+    Int8 { values: Pool<i8>, scales: Pool<f32>, zeros: Option<Pool<f32>> },
 }
 
 impl fmt::Debug for Slab {
@@ -99,13 +100,13 @@ impl Slab {
         }
         let values = (|| {
             Some(match storage {
-                Storage::F32 => Values::F32(filled(rows * dim)?),
-                Storage::F16 => Values::F16(filled(rows * dim)?),
-                Storage::Bf16 => Values::Bf16(filled(rows * dim)?),
+                Storage::F32 => Values::F32(Pool::zeros(rows * dim)?),
+                Storage::F16 => Values::F16(Pool::zeros(rows * dim)?),
+                Storage::Bf16 => Values::Bf16(Pool::zeros(rows * dim)?),
                 Storage::Int8 { zero_point, .. } => Values::Int8 {
-                    values: filled(rows * dim)?,
-                    scales: filled(rows * groups)?,
-                    zeros: if zero_point { Some(filled(rows * groups)?) } else { None },
+                    values: Pool::zeros(rows * dim)?,
+                    scales: Pool::zeros(rows * groups)?,
+                    zeros: if zero_point { Some(Pool::zeros(rows * groups)?) } else { None },
                 },
             })
         })();
@@ -115,12 +116,12 @@ impl Slab {
     /// Bytes of all rows with their scales and zero points.
     pub(super) fn bytes(&self) -> usize {
         match &self.values {
-            Values::F32(values) => size_of_val(values.as_slice()),
-            Values::F16(values) => size_of_val(values.as_slice()),
-            Values::Bf16(values) => size_of_val(values.as_slice()),
+            Values::F32(values) => size_of_val::<[_]>(values),
+            Values::F16(values) => size_of_val::<[_]>(values),
+            Values::Bf16(values) => size_of_val::<[_]>(values),
             Values::Int8 { values, scales, zeros } => {
                 let zeros = zeros.as_deref().unwrap_or_default();
-                values.len() + size_of_val(scales.as_slice()) + size_of_val(zeros)
+                values.len() + size_of_val::<[_]>(scales) + size_of_val(zeros)
             }
         }
     }
