@@ -10,10 +10,14 @@ use core::ops::Range;
 
 use qkv_simd::Simd;
 
+use crate::interval::Visible;
+use crate::prefill::Worker;
+use crate::rule::ScoreRule;
 use crate::strip::StripRows;
 use crate::{AttentionSpec, Bias, Broadcast, Data, DataMut};
 
-const LINE: usize = 64;
+/// Bytes of a line of the cache.
+pub(crate) const LINE: usize = 64;
 
 /// What the tiles of a strip's first product ask for.
 pub(crate) struct Ahead<'w> {
@@ -168,5 +172,55 @@ impl Rows {
             self.at = self.at.wrapping_offset(self.stride);
         }
         self.left -= now;
+    }
+}
+
+impl<'w, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
+    Worker<'w, '_, S, R, MR, NV, FEW>
+{
+    /// What the first product of a strip and the keys of a block is to ask for, in `tiles` tiles.
+    #[inline(always)]
+    pub(crate) fn ahead(
+        &self,
+        strip: usize,
+        rows: &StripRows,
+        keys: &Range<usize>,
+        visible: &Visible,
+        tiles: usize,
+    ) -> Ahead<'w> {
+        let call = self.call;
+        Ahead {
+            values: self.is_last(strip).then(|| ValueRows {
+                at: self.values.row(keys.start - self.block.start),
+                stride: self.values.stride,
+                bytes: call.plan.shape.value_dim * size_of::<f32>(),
+            }),
+            panels: self
+                .next_strip(strip, rows, keys)
+                .and_then(|(rows, keys)| PanelRows::new(call.spec, &rows, &keys, tiles)),
+            outputs: (call.plan.is_cold && keys.end >= visible.any.end.min(self.end))
+                .then(|| OutputRows::new(&call.out, rows, tiles)),
+        }
+    }
+
+    /// The strip that comes next, and its keys, where a mask or a bias has to be brought in for it: the one before in this
+    /// block, or the last in the next block.
+    #[inline(always)]
+    fn next_strip(
+        &self,
+        strip: usize,
+        rows: &StripRows,
+        keys: &Range<usize>,
+    ) -> Option<(StripRows, Range<usize>)> {
+        if self.call.spec.bias.is_none() && self.call.spec.mask.is_none() {
+            return None;
+        }
+        let start = self.block_index(keys.start) * self.key_block;
+        let (strip, start) = match strip.checked_sub(1) {
+            Some(before) => (before, start),
+            None => (self.task.rows.len().div_ceil(Self::NR) - 1, start + self.key_block),
+        };
+        let end = (start + self.key_block).min(rows.segment.key_len);
+        Some((self.rows_of(strip), start.min(end)..end))
     }
 }

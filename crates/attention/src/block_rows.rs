@@ -1,12 +1,10 @@
-//! The rows of the block of keys that a worker is at: in place, copied, or one by one for few query rows, which also ask
-//! for those of the next block.
+//! The rows of the block of keys that a worker is at: in place, copied, or one by one for few query rows.
 
 use core::ops::Range;
 
 use qkv_simd::Simd;
 
-use crate::few_rows::{AheadRows, FEW_BLOCK, FewRows, RowKind};
-use crate::interval::Segment;
+use crate::few_rows::{FEW_BLOCK, FewRows, RowKind};
 use crate::kv_rows::KvRows;
 use crate::prefill::Worker;
 use crate::rule::ScoreRule;
@@ -107,47 +105,5 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             }
         };
         FewRows { rows: list, kind, scales, dim }
-    }
-
-    /// The rows to be asked for while `now` is read, which are the `rows` of `keys`: see [`AheadRows`]. What is copied asks for its
-    /// rows itself.
-    #[inline(always)]
-    pub(crate) fn rows_ahead<'m>(
-        &self,
-        now: &FewRows<'_>,
-        rows: &KvRows<'_>,
-        keys: &Range<usize>,
-        to: &'m mut [*const u8; FEW_BLOCK],
-    ) -> AheadRows<'m> {
-        let (call, is_single) = (self.call, self.task.rows.len() == 1);
-        let (distance, count) = (AheadRows::distance(now, is_single), now.rows.len());
-        let here = count.saturating_sub(distance);
-        to[..here].copy_from_slice(&now.rows[count - here..]);
-        let (rows, then) = if is_single {
-            (rows, self.block_after(keys))
-        } else if core::ptr::eq(rows, &raw const call.k) {
-            (&call.v, Some((&self.task.segment, self.task.kv_head, keys.clone())))
-        } else {
-            (&call.k, self.block_after(keys))
-        };
-        let mut filled = here;
-        if let Some((segment, head, keys)) = then.filter(|_| rows.row_kind().is_some()) {
-            // In a short block the first of them are no longer `distance` ahead.
-            let first = keys.end.min(keys.start + distance - (count - here));
-            let keys = first..keys.end.min(keys.start + distance);
-            filled += keys.len();
-            rows.memory(segment, head, &keys, &mut to[here..filled]);
-        }
-        AheadRows(&to[..filled])
-    }
-
-    /// What is read after a block of keys: the next block, at the task's end the next task's first.
-    #[inline(always)]
-    fn block_after(&self, keys: &Range<usize>) -> Option<(&Segment, usize, Range<usize>)> {
-        let next = keys.end..(keys.end + FEW_BLOCK).min(self.end);
-        if !next.is_empty() {
-            return Some((&self.task.segment, self.task.kv_head, next));
-        }
-        self.next_keys.as_ref().map(|(segment, head, next)| (segment, *head, next.clone()))
     }
 }

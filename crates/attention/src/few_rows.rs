@@ -13,10 +13,8 @@
 //! where they lie, like f32. Queries are [rows][dk], outputs [rows][dv].
 //!
 //! Scores lie as everywhere, [keys][lanes] with a query per lane, so that all masks and biases are the tiles' own, and are
-//! packed for the softmax: [keys][stride], with a stride of the rows rounded up to a power of two, so that a vector holds
-//! `lanes / stride` keys and the exponentials of a single row take a sixteenth of the time. A block that is seen as a whole
-//! is packed from the start. The softmax update is the tiles' as well, with a fold over the keys of a vector at its end
-//! ([`fold_keys`]).
+//! packed for the softmax update, which is the tiles' as well (packed_scores.rs). A block that is seen as a whole is packed
+//! from the start.
 
 use core::marker::PhantomData;
 use core::ops::Range;
@@ -24,11 +22,14 @@ use core::ops::Range;
 use half::{bf16, f16};
 use qkv_simd::{Isa, Simd, SimdOp};
 
+use crate::ahead::LINE;
+use crate::few_ahead::{AheadRows, ask};
 use crate::storage::Element;
 
-/// Keys of a block. 64 against 32, dim 128, keys and values from memory: f32 the same within the noise, bf16 and f16 6 to 9 %,
-/// int8 6 % quicker; 96 as 64. A divisor of every part of the keys, see parts.rs.
-pub(crate) const FEW_BLOCK: usize = 64;
+/// Keys of a block, a divisor of every part of the keys (parts.rs). From memory, f32, dim 128, two threads on Zen 3: 256 against
+/// 64 keys take 0.94 of the time with 32 heads over 8 and 0.89 with 32 over 32, as the hardware follows longer streams; 1024
+/// with 32 over 32 0.94.
+pub(crate) const FEW_BLOCK: usize = 256;
 
 /// Most rows of queries: of a vector of scores no more is used, and more would not fit the registers.
 pub(crate) const MOST_ROWS: usize = 8;
@@ -74,50 +75,6 @@ pub(crate) enum RowKind {
     /// With a scale per row.
     Int8,
 }
-
-/// The rows that are asked for while others are read, the `i`-th with the `i`-th, since the hardware follows neither rows that
-/// are far apart nor the change from keys to values. For several query rows line by line, AHEAD bytes further on, towards a
-/// block's end the first rows of what is read next: so that products and memory go on side by side. A single query row has
-/// next to no products to do and asks for whole rows, those of the next block. Both into L2: on the way there more
-/// lines can be under way than on that to L1 (32 heads over 8, 8192 keys of f32, dim 128, two threads on Zen 4, whole rows:
-/// 24 GB/s, into L1 16, without asking 12).
-#[derive(Clone, Copy)]
-pub(crate) struct AheadRows<'w>(pub(crate) &'w [*const u8]);
-
-/// How far ahead of several query rows. On Zen 3, 32 heads over 8, 8192 keys of f32: 2 to 32 KiB within the noise, L1 as L2; whole
-/// rows a block ahead 5 % slower, with 64 heads over 8 28 %; ungrouped heads 4 % quicker so.
-const AHEAD: usize = 8192;
-
-impl AheadRows<'_> {
-    /// How many rows further on than `now` is asked.
-    #[inline(always)]
-    pub(crate) fn distance(now: &FewRows<'_>, is_single: bool) -> usize {
-        if is_single { FEW_BLOCK } else { AHEAD.div_ceil(now.bytes().max(1)).min(FEW_BLOCK) }
-    }
-
-    /// Those that belong to a range.
-    #[inline(always)]
-    pub(crate) fn part(&self, range: &Range<usize>) -> Self {
-        Self(&self.0[range.start.min(self.0.len())..range.end.min(self.0.len())])
-    }
-
-    /// What is asked for with the `i`-th row.
-    #[inline(always)]
-    fn with<T>(&self, i: usize, row: *const T) -> *const T {
-        self.0.get(i).map_or(row, |ahead| ahead.cast())
-    }
-}
-
-/// Asks for `count` values from `at` on.
-#[inline(always)]
-fn ask<S: Simd, T>(s: S, at: *const T, count: usize) {
-    for line in (0..count).step_by(LINE / size_of::<T>()) {
-        s.prefetch_l2(at.wrapping_add(line).cast());
-    }
-}
-
-/// Bytes of a line of the cache.
-const LINE: usize = 64;
 
 /// Scores of few queries.
 pub(crate) struct FewScores<'w> {
@@ -195,76 +152,18 @@ const fn sums_per_row(lanes: usize, rows: usize, most: usize) -> usize {
     }
 }
 
-/// Values from one key's scores to the next where they are packed.
-#[inline(always)]
-pub(crate) fn packed_stride<S: Simd>(count: usize) -> usize {
-    count.next_power_of_two().min(S::LANES)
-}
-
-/// Packs scores of `keys` keys that lie [keys][LANES].
-#[inline(always)]
-pub(crate) fn pack<S: Simd>(scores: &mut [f32], keys: usize, stride: usize) {
-    for key in 1..keys {
-        scores.copy_within(key * S::LANES..key * S::LANES + stride, key * stride);
-    }
-    pad::<S>(scores, keys * stride);
-}
-
-/// Fills the vector of packed scores that ends in the middle, after `used` values, with keys that nobody sees.
-#[inline(always)]
-pub(crate) fn pad<S: Simd>(scores: &mut [f32], used: usize) {
-    scores[used..used.next_multiple_of(S::LANES)].fill(f32::NEG_INFINITY);
-}
-
-/// ROTATE[n][i] = i + 2^n: what a vector of packed scores is folded with.
-const ROTATE: [[u32; 16]; 4] = {
-    let mut table = [[0; 16]; 4];
-    let mut at = 0;
-    while at < 64 {
-        table[at / 16][at % 16] = (at % 16 + (1 << (at / 16))) as u32;
-        at += 1;
-    }
-    table
-};
-
-/// Each row's `f` over the keys that a vector of packed scores holds, in all of its lanes.
-#[inline(always)]
-pub(crate) fn fold_keys<S: Simd>(
-    s: S,
-    mut x: S::F32,
-    stride: usize,
-    f: impl Fn(S::F32, S::F32) -> S::F32,
-) -> S::F32 {
-    for (n, lanes) in ROTATE.iter().enumerate().rev() {
-        if stride <= 1 << n && 1 << n < S::LANES {
-            x = f(x, s.permute(x, lanes));
-        }
-    }
-    x
-}
-
-/// The first key's lanes of a vector of packed scores, in the lanes of all its keys.
-#[inline(always)]
-pub(crate) fn repeat_first_key<S: Simd>(s: S, x: S::F32, stride: usize) -> S::F32 {
-    let mut lanes = [0; 16];
-    for (i, lane) in lanes.iter_mut().enumerate() {
-        *lane = i as u32 & (stride as u32 - 1);
-    }
-    s.permute(x, &lanes)
-}
-
-/// Most keys side by side, as many rows being read in turns: with 8 ungrouped heads take 38 ns a key of dim 128 in f32, with 2
-/// 35.5 (both threads, from memory); with 4, as many sums in registers as there are lanes, four query rows take 3 to 5 %
-/// longer than with 2.
+/// Most keys side by side, as many rows being read in turns, whatever the lanes: with 8 ungrouped heads take 38 ns a key of dim
+/// 128 in f32, with 2 35.5 (both threads, from memory); with 4, as many sums in registers as there are lanes, four query rows
+/// take 3 to 5 % longer than with 2.
 const MOST_KEYS: [usize; 3] = [2; 3];
 
 /// Most vectors of dims at a time. With 16 lanes 128 dims, so that a row of a usual head is read in one go: 64 take 10 %
 /// longer for a single query row from memory.
 const MOST_DIMS: [usize; 3] = [8, 8, 16];
 
-/// Keys whose weighted values are summed up in registers, where not all dims fit: the vectors of a row that are read
-/// together are a line of it or a few, and rows of so many keys are still in L1 for the next ones.
-const SUM_KEYS: usize = 16;
+/// Keys whose weighted values are summed up in registers: where rows are read in one go, few enough for the rounding; where
+/// not, so few that their rows are still in L1 for the next vectors of them.
+const SUM_KEYS: [usize; 2] = [64, 16];
 
 impl FewScores<'_> {
     /// Computes them, asking for the rows `ahead` on the way. Not generic, so that this is compiled here alone, whatever
@@ -445,8 +344,7 @@ impl<T: Element, const R: usize, const DV: usize> SimdOp for SumsOf<'_, '_, T, R
     fn eval<S: Simd>(self, s: S) {
         let (sums, ahead) = self.0;
         let (dim, step, keys) = (sums.values.dim, DV * S::LANES, sums.values.rows.len());
-        // A row is read in one go, or is to stay in L1 until its last part is read.
-        let chunk = if dim <= step { FEW_BLOCK } else { SUM_KEYS };
+        let chunk = SUM_KEYS[usize::from(dim > step)];
         let mut first = 0;
         while first < keys {
             let end = keys.min((sums.first_key + first) / chunk * chunk + chunk - sums.first_key);

@@ -6,9 +6,11 @@ use crate::panels::WORD;
 use crate::parts::MAX_PARTS;
 use crate::plan::{KEY_BLOCK, Plan};
 
+/// No block of keys is larger where tiles compute it.
+const TILED_BLOCK: usize = KEY_BLOCK + SUM_CHAINS;
+
 /// No block of keys is larger.
-pub(crate) const MAX_KEY_BLOCK: usize = KEY_BLOCK + SUM_CHAINS;
-const _: () = assert!(FEW_BLOCK <= MAX_KEY_BLOCK);
+pub(crate) const MAX_KEY_BLOCK: usize = if FEW_BLOCK > TILED_BLOCK { FEW_BLOCK } else { TILED_BLOCK };
 
 /// The parts, in values. Every one begins on a cache line.
 ///
@@ -18,6 +20,8 @@ const _: () = assert!(FEW_BLOCK <= MAX_KEY_BLOCK);
 /// | bits: [block / 32][NR] | bias: [block][NR], where there is one | keys: [block][dk], values: [block][dv], where the
 /// tensors are not f32 or in pages | slots of parts, where a task has several |
 /// ```
+///
+/// `block` is [`TILED_BLOCK`]; where a sequence has few query rows at least [`FEW_BLOCK`], with LANES for NR.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
     outputs: usize,
@@ -36,6 +40,9 @@ pub(crate) struct Layout {
 impl Layout {
     pub(crate) fn new(plan: &Plan) -> Self {
         let nr = plan.kernel.nr;
+        // Blocks of few query rows have more keys and a single vector of queries.
+        let few = if plan.any_few_rows { FEW_BLOCK } else { 0 };
+        let (block, lanes) = (TILED_BLOCK.max(few), (TILED_BLOCK * nr).max(few * plan.lanes));
         let (dk, dv) = (plan.shape.key_dim, plan.shape.value_dim);
         let mut end = 0;
         let mut part = |values: usize| {
@@ -46,13 +53,13 @@ impl Layout {
         part(plan.strips() * dk * nr);
         let outputs = part(plan.strips() * dv * nr);
         let state = part(plan.strips() * 2 * nr);
-        let scores = part(MAX_KEY_BLOCK * nr);
-        let rows = part(nr * dk.max(dv).max(MAX_KEY_BLOCK));
-        let values = part(MAX_KEY_BLOCK * dv);
-        let bits = part(MAX_KEY_BLOCK.div_ceil(WORD) * nr);
-        let bias = part(if plan.has_panels { MAX_KEY_BLOCK * nr } else { 0 });
-        let wide_keys = part(if plan.copies != [false; 2] { MAX_KEY_BLOCK * dk.max(dv) } else { 0 });
-        let wide_values = part(if plan.copies[1] { MAX_KEY_BLOCK * dv } else { 0 });
+        let scores = part(lanes);
+        let rows = part((nr * dk.max(dv)).max(lanes));
+        let values = part(block * dv);
+        let bits = part((TILED_BLOCK.div_ceil(WORD) * nr).max(few.div_ceil(WORD) * plan.lanes));
+        let bias = part(if plan.has_panels { lanes } else { 0 });
+        let wide_keys = part(if plan.copies != [false; 2] { block * dk.max(dv) } else { 0 });
+        let wide_values = part(if plan.copies[1] { block * dv } else { 0 });
         let slots = part(if plan.has_own_slots() { MAX_PARTS * plan.slot() } else { 0 });
         Self { outputs, state, scores, rows, values, bits, bias, wide_keys, wide_values, slots, total: end }
     }

@@ -13,6 +13,8 @@
 use core::sync::atomic::{AtomicU32, Ordering};
 use std::cell::UnsafeCell;
 
+use crate::few_rows::FEW_BLOCK;
+
 /// Keys of a part. A part is read in some 50 microseconds (dim 128, f32), many times the cost of taking a task.
 const PART: usize = 1024;
 
@@ -24,7 +26,7 @@ pub(crate) const ENOUGH_UNITS: usize = 32;
 
 /// Keys per part of a sequence, whole key blocks.
 pub(crate) fn part_keys(key_len: usize) -> usize {
-    key_len.div_ceil(MAX_PARTS).max(PART).next_multiple_of(PART / 8)
+    key_len.div_ceil(MAX_PARTS).max(PART).next_multiple_of(FEW_BLOCK)
 }
 
 /// Parts of a sequence; one where it has no keys.

@@ -156,7 +156,9 @@ pub struct Plan {
     /// Most parts of a sequence, and parts of a task where tasks have parts.
     most_parts: usize,
     parts_per_task: usize,
-    lanes: usize,
+    pub(crate) lanes: usize,
+    /// Whether any sequence has few rows.
+    pub(crate) any_few_rows: bool,
     isa: &'static str,
 }
 
@@ -215,9 +217,14 @@ impl Plan {
             // No finer than for enough tasks: a task begins with rows that nothing has asked for.
             parts_per_task: (most_parts / ENOUGH_UNITS.div_ceil(units.max(1))).max(1),
             lanes: isa.lanes(),
+            any_few_rows: true,
             isa: isa.kind().name(),
         };
-        plan.count_tasks()
+        let any_few_rows = match &plan.sequences {
+            Sequences::Batches { .. } => plan.has_few_rows(&plan.batch_segment(0, None)),
+            Sequences::Packed(all) => all.iter().any(|(segment, _)| plan.has_few_rows(segment)),
+        };
+        Self { any_few_rows, ..plan }.count_tasks()
     }
 
     /// The plan for a second look at weights: rows are not cut by keys.

@@ -19,15 +19,14 @@ use qkv_gemm::parallel::Tasks;
 use qkv_gemm::{TileOp, for_row_tiles, with_scratch};
 use qkv_simd::{Isa, Simd, SimdOp};
 
-use crate::ahead::{Ahead, OutputRows, PanelRows, ValueRows, ask_for_queries};
+use crate::ahead::ask_for_queries;
 use crate::block_rows::BlockRows;
-use crate::few_rows::{
-    self, FEW_BLOCK, FewScores, FewSums, fold_keys, packed_stride, repeat_first_key,
-};
+use crate::few_rows::{FEW_BLOCK, FewScores, FewSums};
 use crate::interval::{self, Ends, Segment, Visible};
 use crate::kv_rows::KvRows;
 use crate::layout::{Layout, Scratch};
 use crate::online_softmax::{self, SUM_CHAINS};
+use crate::packed_scores::{self, fold_keys, packed_stride, repeat_first_key};
 use crate::panels::{self, BiasPanel, Bits, WORD};
 use crate::parts::Shared;
 use crate::plan::{Plan, Task, key_block};
@@ -112,8 +111,8 @@ pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize, const F
     pub(crate) keys: BlockRows,
     pub(crate) values: BlockRows,
     /// Where the next task is to be found, and the one that was taken while this one ends.
-    tasks: Option<&'w Tasks<'w>>,
-    next: Option<usize>,
+    pub(crate) tasks: Option<&'w Tasks<'w>>,
+    pub(crate) next: Option<usize>,
     /// The keys that the next task begins with, for few rows: sequence, key/value head, keys.
     pub(crate) next_keys: Option<(Segment, usize, Range<usize>)>,
 }
@@ -213,7 +212,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> S
 
 impl<R> Call<'_, R> {
     /// The keys that any row of a task sees, as far as intervals go.
-    fn visible(&self, task: &Task) -> Range<usize> {
+    pub(crate) fn visible(&self, task: &Task) -> Range<usize> {
         let all = self.plan.rows_of(task, task.rows.clone());
         interval::visible(self.spec, &task.segment, all.queries()).any
     }
@@ -232,31 +231,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         self.call.plan.rows_of(self.task, first..self.task.rows.end.min(first + Self::NR))
     }
 
-    /// Takes the next task when this one comes to its last block of keys, so that the next one's first can be asked for: nothing
-    /// else would, and a task of few rows is no more than its keys.
-    #[inline(always)]
-    fn take_next(&mut self) {
-        let (call, None) = (self.call, self.next) else { return };
-        self.next = self.tasks.and_then(Tasks::take);
-        self.next_keys = self.next.and_then(|index| {
-            let task = call.plan.task(index);
-            if task.parts.is_empty() || !call.plan.has_few_rows(&task.segment) {
-                return None;
-            }
-            let visible = call.visible(&task);
-            let first = match call.plan.parts(&task.segment) {
-                (1, _) => visible.start,
-                (_, part_keys) => visible.start.max(task.parts.start * part_keys),
-            };
-            let end = (first / FEW_BLOCK + 1) * FEW_BLOCK;
-            let keys = first..end.min(visible.end);
-            (!keys.is_empty()).then_some((task.segment, task.kv_head, keys))
-        });
-    }
-
     /// Whether it holds the task's last rows, and so is the first to be computed.
     #[inline(always)]
-    fn is_last(&self, strip: usize) -> bool {
+    pub(crate) fn is_last(&self, strip: usize) -> bool {
         self.task.rows.start + (strip + 1) * Self::NR >= self.task.rows.end
     }
 
@@ -304,7 +281,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         if FEW {
             let packed = packed_stride::<S>(self.task.rows.len());
             if stride != packed {
-                few_rows::pack::<S>(scores, keys.len(), packed);
+                packed_scores::pack::<S>(scores, keys.len(), packed);
                 block_max[0] = repeat_first_key(s, block_max[0], packed);
                 stride = packed;
             }
@@ -375,27 +352,6 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         Some(BlockScores { keys, visible, vectors, max, anywhere, stride })
     }
 
-    /// The strip that comes next, and its keys, where a mask or a bias has to be brought in for it: the one before in this
-    /// block, or the last in the next block.
-    #[inline(always)]
-    fn next_strip(
-        &self,
-        strip: usize,
-        rows: &StripRows,
-        keys: &Range<usize>,
-    ) -> Option<(StripRows, Range<usize>)> {
-        if self.call.spec.bias.is_none() && self.call.spec.mask.is_none() {
-            return None;
-        }
-        let start = self.block_index(keys.start) * self.key_block;
-        let (strip, start) = match strip.checked_sub(1) {
-            Some(before) => (before, start),
-            None => (self.task.rows.len().div_ceil(Self::NR) - 1, start + self.key_block),
-        };
-        let end = (start + self.key_block).min(rows.segment.key_len);
-        Some((self.rows_of(strip), start.min(end)..end))
-    }
-
     /// S^T of a strip and the runs of keys, masked, into the scratch; returns the largest per lane, whether a bias masked
     /// any, and the values from one key's scores to the next.
     #[inline(always)]
@@ -412,18 +368,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let alibi = spec.alibi_slopes.is_some();
         let needs_pass = spec.softcap.is_some() || alibi || R::ACTIVE;
         let tiles = keys.len().div_ceil(if S::REGISTERS >= 32 { LINKED_ROWS } else { MR });
-        let ahead = Ahead {
-            values: self.is_last(strip).then(|| ValueRows {
-                at: self.values.row(in_block),
-                stride: self.values.stride,
-                bytes: call.plan.shape.value_dim * size_of::<f32>(),
-            }),
-            panels: self
-                .next_strip(strip, rows, keys)
-                .and_then(|(rows, keys)| PanelRows::new(spec, &rows, &keys, tiles)),
-            outputs: (call.plan.is_cold && keys.end >= visible.any.end.min(self.end))
-                .then(|| OutputRows::new(&call.out, rows, tiles)),
-        };
+        let ahead = self.ahead(strip, rows, keys, visible, tiles);
         let (mut key_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
         let mut next_rows = [core::ptr::null(); FEW_BLOCK];
         let few = FEW.then(|| self.few_rows(&call.k, self.keys, keys, (&mut key_rows, &mut scales)));
@@ -461,7 +406,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 unsafe { op.run(call.isa, ahead) };
             }
             if plain {
-                few_rows::pad::<S>(scores, keys.len() * stride);
+                packed_scores::pad::<S>(scores, keys.len() * stride);
                 let mut max = [s.splat(f32::NEG_INFINITY); NV];
                 for row in scores[..(keys.len() * stride).next_multiple_of(S::LANES)].chunks_exact(S::LANES) {
                     max[0] = s.max(s.load(row), max[0]);

@@ -276,6 +276,25 @@ fn decoding_with_a_cache_is_attention_over_all_tokens() {
 }
 
 #[test]
+fn a_cache_of_many_pages_of_memory_and_its_copy_hold_what_was_appended() {
+    // 3 and 6 MiB: not whole huge pages, and more than one.
+    let (heads, length, dims) = (3, 4096, [64, 128]);
+    let mut cache = KvCache::new(KvCacheConfig::new(1, heads, length, dims[0], dims[1])).expect("a cache");
+    let [k, v] = dims.map(|dim| random([1, heads, length, dim], dim as u64));
+    assert!(matches!(cache.values(), Data::F32(x) if x.shape()[2] == 0));
+    cache.append(k.view(), v.view()).expect("it fits");
+    let copy = cache.clone();
+    cache.reset();
+    for (data, from) in [(copy.keys(), &k), (copy.values(), &v)] {
+        for head in 0..heads {
+            for position in 0..length {
+                assert_eq!(read(&data, [0, head, position]).0, from.view().row(0, head, position));
+            }
+        }
+    }
+}
+
+#[test]
 fn constructions_that_are_refused() {
     let text = |config: KvCacheConfig| KvCache::new(config).unwrap_err().to_string();
     let paged = |config: PagedCacheConfig| PagedCache::new(config).unwrap_err().to_string();

@@ -131,7 +131,7 @@ fn decoding_step_by_step_is_prefill() {
     }
 }
 
-const LENGTHS: [usize; 6] = [5, 700, 1024, 1500, 5000, 0];
+const LENGTHS: [usize; 9] = [5, 255, 256, 257, 700, 1024, 1500, 5000, 0];
 
 /// Bits of every sequence alone, against the same in batches, packed, paged, on 1, 2 and 3 threads.
 fn any_company(group: usize, query_len: usize, storage: Storage) {
