@@ -4,7 +4,7 @@ use core::ops::Range;
 
 use qkv_simd::Simd;
 
-use crate::few_rows::{FEW_BLOCK, FewRows, RowKind};
+use crate::few_rows::{FewRows, RowKind, RowList};
 use crate::kv_rows::KvRows;
 use crate::prefill::Worker;
 use crate::rule::ScoreRule;
@@ -70,14 +70,16 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         if dim == 0 {
             return &[];
         }
-        let mut row = [self.values.row(key - self.block.start).cast()];
+        let mut row = self.values.row(key - self.block.start);
         if FEW && self.values.ptr.is_null() {
             debug_assert_eq!(self.call.v.row_kind(), Some(RowKind::F32));
-            self.call.v.memory(&self.task.segment, self.task.kv_head, &(key..key + 1), &mut row);
+            let mut rows = RowList::new();
+            self.call.v.memory(&self.task.segment, self.task.kv_head, &(key..key + 1), &mut rows);
+            row = rows[0].cast();
         }
         // SAFETY: the key is in the block, whose rows have `dim` values in the tensor or in scratch: rows of other types are
         // not read here, see `fold_block`.
-        unsafe { core::slice::from_raw_parts(row[0].cast(), dim) }
+        unsafe { core::slice::from_raw_parts(row, dim) }
     }
 
     /// The rows of `keys`, of the block that is brought in.
@@ -87,23 +89,21 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         rows: &KvRows<'_>,
         block: BlockRows,
         keys: &Range<usize>,
-        (addresses, scales): (&'m mut [*const u8; FEW_BLOCK], &'m mut [f32; FEW_BLOCK]),
+        (addresses, scales): (&'m mut RowList<*const u8>, &'m mut RowList<f32>),
     ) -> FewRows<'m> {
         let dim = rows.data.shape()[3];
-        let list = &mut addresses[..keys.len()];
         let kind = match rows.row_kind() {
             Some(kind) if block.ptr.is_null() => {
-                rows.memory(&self.task.segment, self.task.kv_head, keys, list);
+                rows.memory(&self.task.segment, self.task.kv_head, keys, addresses);
                 rows.scales(&self.task.segment, self.task.kv_head, keys, scales);
                 kind
             }
             _ => {
-                for (i, row) in list.iter_mut().enumerate() {
-                    *row = block.row(keys.start - self.block.start + i).cast();
-                }
+                let before = keys.start - self.block.start;
+                addresses.extend((0..keys.len()).map(|i| block.row(before + i).cast()));
                 RowKind::F32
             }
         };
-        FewRows { rows: list, kind, scales, dim }
+        FewRows { rows: addresses, kind, scales, dim }
     }
 }

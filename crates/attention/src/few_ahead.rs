@@ -6,7 +6,7 @@ use qkv_gemm::parallel::Tasks;
 use qkv_simd::Simd;
 
 use crate::ahead::LINE;
-use crate::few_rows::{FEW_BLOCK, FewRows};
+use crate::few_rows::{FEW_BLOCK, FewRows, RowList};
 use crate::interval::Segment;
 use crate::kv_rows::KvRows;
 use crate::prefill::Worker;
@@ -86,25 +86,21 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         now: &FewRows<'_>,
         rows: &KvRows<'_>,
         keys: &Range<usize>,
-        to: &'m mut [*const u8; FEW_BLOCK],
+        to: &'m mut RowList<*const u8>,
     ) -> AheadRows<'m> {
         let (distance, count) = (AheadRows::distance(now, self.task.rows.len() == 1), now.rows.len());
-        let here = count.saturating_sub(distance);
-        to[..here].copy_from_slice(&now.rows[count - here..]);
+        to.extend(now.rows[distance.min(count)..].iter().copied());
         let (rows, then) = if core::ptr::eq(rows, &raw const self.call.k) {
             (&self.call.v, Some((&self.task.segment, self.task.kv_head, keys.clone())))
         } else {
             (&self.call.k, self.block_after(keys))
         };
-        let mut filled = here;
         if let Some((segment, head, keys)) = then.filter(|_| rows.row_kind().is_some()) {
-            // After a short block the first of them are no longer `distance` ahead.
-            let near = distance - (count - here);
-            let keys = keys.end.min(keys.start + near)..keys.end.min(keys.start + distance);
-            filled += keys.len();
-            rows.memory(segment, head, &keys, &mut to[here..filled]);
+            // From a short block on less far ahead: nobody has asked for them.
+            let keys = keys.start..keys.end.min(keys.start + distance);
+            rows.memory(segment, head, &keys, to);
         }
-        AheadRows(&to[..filled])
+        AheadRows(to)
     }
 
     /// What is read after a block of keys: the next block, at the task's end the next task's first.

@@ -13,7 +13,7 @@ use core::ops::Range;
 use qkv_simd::Simd;
 
 use crate::Data;
-use crate::few_rows::RowKind;
+use crate::few_rows::{RowKind, RowList};
 use crate::interval::Segment;
 
 /// The keys or the values of a call.
@@ -89,37 +89,33 @@ impl<'a> KvRows<'a> {
         }
     }
 
-    /// The address of each row of `keys`, whatever it consists of, and its bytes (without scales).
+    /// Adds the address of each row of `keys`, whatever it consists of.
     #[inline(always)]
     pub(crate) fn memory(
         &self,
         segment: &Segment,
         head: usize,
         keys: &Range<usize>,
-        to: &mut [*const u8],
-    ) -> usize {
-        let (mut bytes, mut key, mut rows) = (0, keys.start, to.iter_mut());
+        to: &mut RowList<*const u8>,
+    ) {
+        let mut key = keys.start;
         while key < keys.end {
             let (place, run) = self.place(segment, head, key);
             let count = run.min(keys.end - key);
-            let (first, stride, size) = self.data.row_memory(place);
-            bytes = size;
-            for (i, row) in rows.by_ref().take(count).enumerate() {
-                *row = first.wrapping_offset(i as isize * stride);
-            }
+            let (first, stride, _) = self.data.row_memory(place);
+            to.extend((0..count as isize).map(|i| first.wrapping_offset(i * stride)));
             key += count;
         }
-        bytes
     }
 
-    /// The scale of each row of `keys`, where rows have one.
+    /// Adds the scale of each row of `keys`, where rows have one.
     #[inline(always)]
-    pub(crate) fn scales(&self, segment: &Segment, head: usize, keys: &Range<usize>, to: &mut [f32]) {
+    pub(crate) fn scales(&self, segment: &Segment, head: usize, keys: &Range<usize>, to: &mut RowList<f32>) {
         let Data::Int8(int8) = &self.data else { return };
         let scales = int8.scales();
-        for (key, to) in keys.clone().zip(to) {
+        to.extend(keys.clone().map(|key| {
             let ([batch, head, position], _) = self.place(segment, head, key);
-            *to = scales.row(batch, head, position)[0];
-        }
+            scales.row(batch, head, position)[0]
+        }));
     }
 }

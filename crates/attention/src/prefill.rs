@@ -21,7 +21,7 @@ use qkv_simd::{Isa, Simd, SimdOp};
 
 use crate::ahead::ask_for_queries;
 use crate::block_rows::BlockRows;
-use crate::few_rows::{FEW_BLOCK, FewScores, FewSums};
+use crate::few_rows::{FEW_BLOCK, FewScores, FewSums, RowList};
 use crate::interval::{self, Ends, Segment, Visible};
 use crate::kv_rows::KvRows;
 use crate::layout::{Layout, Scratch};
@@ -369,8 +369,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let needs_pass = spec.softcap.is_some() || alibi || R::ACTIVE;
         let tiles = keys.len().div_ceil(if S::REGISTERS >= 32 { LINKED_ROWS } else { MR });
         let ahead = self.ahead(strip, rows, keys, visible, tiles);
-        let (mut key_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
-        let mut next_rows = [core::ptr::null(); FEW_BLOCK];
+        let (mut key_rows, mut scales, mut next_rows) = (RowList::new(), RowList::new(), RowList::new());
         let few = FEW.then(|| self.few_rows(&call.k, self.keys, keys, (&mut key_rows, &mut scales)));
         let next_rows = few.as_ref().map(|few| self.rows_ahead(few, &call.k, keys, &mut next_rows));
         let panel = if call.plan.has_panels { keys.len() * Self::NR } else { 0 };
@@ -479,8 +478,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         }
         // The first block of a strip writes: what the scratch held before is never read.
         let started = self.started >> strip & 1 == 1;
-        let (mut value_rows, mut scales) = ([core::ptr::null(); FEW_BLOCK], [0.0; FEW_BLOCK]);
-        let mut next_rows = [core::ptr::null(); FEW_BLOCK];
+        let (mut value_rows, mut scales, mut next_rows) = (RowList::new(), RowList::new(), RowList::new());
         let few = FEW.then(|| self.few_rows(&self.call.v, values, keys, (&mut value_rows, &mut scales)));
         let ahead = few.as_ref().map(|few| self.rows_ahead(few, &self.call.v, keys, &mut next_rows));
         let weights = &self.scratch.scores[..keys.len() * stride];
