@@ -96,7 +96,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             (&self.call.k, self.block_after(keys))
         };
         if let Some((segment, head, keys)) = then.filter(|_| rows.row_kind().is_some()) {
-            // From a short block on less far ahead: nobody has asked for them.
+            // After a block shorter than the distance too, less far ahead: nobody else asks for them.
             let keys = keys.start..keys.end.min(keys.start + distance);
             rows.memory(segment, head, &keys, to);
         }

@@ -52,7 +52,7 @@ impl<T> fmt::Debug for Pool<T> {
 }
 
 /// Asks for memory that nothing has been written to yet to come in huge pages, as far as whole ones lie in it. Where transparent
-/// huge pages are set to `madvise`, as most distributions do, nobody gets any unasked.
+/// huge pages are set to `madvise`, as many distributions do, nobody gets any unasked.
 #[cfg(target_os = "linux")]
 fn prefer_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
     /// On x86-64, and on AArch64 with pages of 4 KiB; a multiple of every page.
