@@ -358,7 +358,8 @@ impl<T: Element, const R: usize, const DV: usize> SimdOp for SumsOf<'_, '_, T, R
                 unsafe { sums.dims::<S, T, R, DV>(s, &part) };
                 part.at += step;
             }
-            while part.at + 4 * S::LANES <= dim {
+            // Only where more than that are taken at a time: for many query rows their sums would not fit the registers.
+            while DV > 4 && part.at + 4 * S::LANES <= dim {
                 // SAFETY: as above.
                 unsafe { sums.dims::<S, T, R, 4>(s, &part) };
                 part.at += 4 * S::LANES;
