@@ -1,7 +1,7 @@
 //! `measure decode`: one step of decoding against the roofline, and prefill over 16-bit keys against f32.
 //!
 //! The roofline of a step is the larger of its bytes over the read bandwidth and its operations over the peak, both
-//! measured in the same round, before and after it. The cache is as many copies, taken in turn, as make several times the
+//! measured in the same round, before and after it, in huge pages like the caches. The cache is as many copies, taken in turn, as make several times the
 //! last-level cache: a real model's weights pass through the caches between two steps as well.
 
 use std::error::Error;
@@ -173,7 +173,8 @@ pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error
             let at = (turn + round) % rows.len();
             let row = &mut rows[at];
             let limits = || {
-                Ok::<_, Box<dyn Error>>((read_bandwidth(threads, probe, COPIES)?, fma_peak(threads, probe)?))
+                let bandwidth = read_bandwidth(threads, probe, COPIES, true)?;
+                Ok::<_, Box<dyn Error>>((bandwidth, fma_peak(threads, probe)?))
             };
             let before = limits()?;
             let seconds = seconds_per_call(options.seconds, &mut row.call);

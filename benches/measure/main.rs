@@ -125,6 +125,9 @@ struct BandwidthArgs {
     /// Size of the memory that is read, in MiB.
     #[arg(long, default_value = "256", value_parser = positive)]
     mib: usize,
+    /// In huge pages, where the system has them.
+    #[arg(long)]
+    huge_pages: bool,
     #[command(flatten)]
     stretch: Stretch,
 }
@@ -198,9 +201,9 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
             println!("{:.3}", fma_peak(threads, seconds)?);
             Ok(())
         }
-        Command::Bandwidth(BandwidthArgs { mib, stretch }) => {
+        Command::Bandwidth(BandwidthArgs { mib, huge_pages, stretch }) => {
             let bytes = mib.checked_mul(1 << 20).ok_or("--mib: more than can be addressed")?;
-            println!("{:.3}", read_bandwidth(threads, stretch.seconds, bytes)?);
+            println!("{:.3}", read_bandwidth(threads, stretch.seconds, bytes, huge_pages)?);
             Ok(())
         }
     }

@@ -109,13 +109,18 @@ pub fn fma_peak(threads: usize, stretch: Duration) -> Result<f64, ProbeError> {
 
 /// GB/s that `threads` threads read out of `bytes` of memory, over about this long.
 ///
-/// The size is that of what the figure is the limit of: where a cache is large enough to keep a part, it does so for
-/// both.
+/// Size and pages are those of what the figure is the limit of: where a cache is large enough to keep a part, it does so for
+/// both, and huge pages are read faster than small ones.
 ///
 /// # Errors
 /// As [`fma_peak`], and where that much cannot be allocated.
-pub fn read_bandwidth(threads: usize, stretch: Duration, bytes: usize) -> Result<f64, ProbeError> {
-    qkv::probe::read_bandwidth(&probe(threads, stretch).with_buffer_bytes(bytes))
+pub fn read_bandwidth(
+    threads: usize,
+    stretch: Duration,
+    bytes: usize,
+    huge_pages: bool,
+) -> Result<f64, ProbeError> {
+    qkv::probe::read_bandwidth(&probe(threads, stretch).with_buffer_bytes(bytes).with_huge_pages(huge_pages))
 }
 
 /// Cycles per second of a busy core, counted by a chain of operations that take one cycle each on every CPU of the last

@@ -66,7 +66,8 @@ impl Turn {
     ) -> Result<Self, ProbeError> {
         let probe = || match limit {
             Limit::Peak => fma_peak(threads, lengths.probe),
-            Limit::Bandwidth => read_bandwidth(threads, lengths.probe, amount as usize),
+            // Operands of a product lie in ordinary memory.
+            Limit::Bandwidth => read_bandwidth(threads, lengths.probe, amount as usize, false),
         };
         let before = probe()?;
         let seconds = seconds_per_call(lengths.stretch, call);

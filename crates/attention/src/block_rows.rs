@@ -4,9 +4,10 @@ use core::ops::Range;
 
 use qkv_simd::Simd;
 
-use crate::few_rows::{FewRows, RowKind, RowList};
+use crate::few_rows::RowList;
 use crate::kv_rows::KvRows;
 use crate::prefill::Worker;
+use crate::row_runs::{FewRows, RowKind, RowRun, RunList};
 use crate::rule::ScoreRule;
 
 /// The rows of a block of keys: the first one, and values from one to the next; a null pointer where they are read one by
@@ -71,11 +72,12 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             return &[];
         }
         let mut row = self.values.row(key - self.block.start);
-        if FEW && self.values.ptr.is_null() {
+        if FEW
+            && self.values.ptr.is_null()
+            && let Some(run) = self.call.v.first_run(&self.task.segment, self.task.kv_head, &(key..key + 1))
+        {
             debug_assert_eq!(self.call.v.row_kind(), Some(RowKind::F32));
-            let mut rows = RowList::new();
-            self.call.v.memory(&self.task.segment, self.task.kv_head, &(key..key + 1), &mut rows);
-            row = rows[0].cast();
+            row = run.first.cast();
         }
         // SAFETY: the key is in the block, whose rows have `dim` values in the tensor or in scratch: rows of other types are
         // not read here, see `fold_block`.
@@ -89,21 +91,22 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         rows: &KvRows<'_>,
         block: BlockRows,
         keys: &Range<usize>,
-        (addresses, scales): (&'m mut RowList<*const u8>, &'m mut RowList<f32>),
+        (runs, scales): (&'m mut RunList, &'m mut RowList<f32>),
     ) -> FewRows<'m> {
         let dim = rows.data.shape()[3];
         let kind = match rows.row_kind() {
             Some(kind) if block.ptr.is_null() => {
-                rows.memory(&self.task.segment, self.task.kv_head, keys, addresses);
+                rows.runs(&self.task.segment, self.task.kv_head, keys, runs);
                 rows.scales(&self.task.segment, self.task.kv_head, keys, scales);
                 kind
             }
             _ => {
-                let before = keys.start - self.block.start;
-                addresses.extend((0..keys.len()).map(|i| block.row(before + i).cast()));
+                let row = block.row(keys.start - self.block.start).cast();
+                runs.push(RowRun::new(row, block.stride * size_of::<f32>() as isize, keys.len()));
                 RowKind::F32
             }
         };
-        FewRows { rows: addresses, kind, scales, dim }
+        self.link_runs(rows, keys, runs);
+        FewRows { runs, kind, scales, dim }
     }
 }

@@ -9,6 +9,10 @@
 //! o[i]   += p[j][i] v_j      R x DV vectors of outputs in registers over the keys of the block
 //! ```
 //!
+//! One or two query rows read a key to its end before the next: with two keys in turns the hardware sees no stream. From four query
+//! rows on, there is enough to compute for the products to be the limit, and two keys share the loads of the queries. For the
+//! same reason addresses are counted up (row_runs.rs).
+//!
 //! As each vector of a key or a value is loaded once, it is widened in its register: f16, bf16 and 8-bit rows are read
 //! where they lie, like f32. Queries are [rows][dk], outputs [rows][dv].
 //!
@@ -24,7 +28,7 @@ use half::{bf16, f16};
 use qkv_simd::{Isa, Simd, SimdOp};
 
 use crate::ahead::LINE;
-use crate::few_ahead::{AheadRows, ask};
+use crate::row_runs::{FewRows, RowKind, RowRun, RunCursor};
 use crate::storage::Element;
 
 /// Keys of a block, a divisor of every part of the keys (parts.rs). From memory, f32, dim 128, two threads on Zen 3: 256 against
@@ -38,56 +42,16 @@ pub(crate) type RowList<T> = ArrayVec<T, FEW_BLOCK>;
 /// Most rows of queries: of a vector of scores no more is used, and more would not fit the registers.
 pub(crate) const MOST_ROWS: usize = 8;
 
-/// Rows of a block, of keys or of values.
-pub(crate) struct FewRows<'w> {
-    /// Where they begin.
-    pub(crate) rows: &'w [*const u8],
-    /// What they consist of.
-    pub(crate) kind: RowKind,
-    /// A factor per row, where they have any.
-    pub(crate) scales: &'w [f32],
-    /// Values of each.
-    pub(crate) dim: usize,
-}
-
-impl FewRows<'_> {
-    /// Those of a range.
-    #[inline(always)]
-    pub(crate) fn part(&self, range: Range<usize>) -> FewRows<'_> {
-        let scales = if self.kind == RowKind::Int8 { &self.scales[range.clone()] } else { &[] };
-        FewRows { rows: &self.rows[range], scales, ..*self }
-    }
-
-    /// Bytes of each.
-    #[inline(always)]
-    pub(crate) fn bytes(&self) -> usize {
-        self.dim
-            * match self.kind {
-                RowKind::F32 => 4,
-                RowKind::F16 | RowKind::Bf16 => 2,
-                RowKind::Int8 => 1,
-            }
-    }
-}
-
-/// What rows consist of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum RowKind {
-    F32,
-    F16,
-    Bf16,
-    /// With a scale per row.
-    Int8,
-}
-
 /// Scores of few queries.
 pub(crate) struct FewScores<'w> {
     /// [rows][dk], scaled; zeros from `count` on.
     pub(crate) queries: &'w [f32],
     /// Query rows.
     pub(crate) count: usize,
-    /// The keys.
+    /// The keys of the block.
     pub(crate) keys: FewRows<'w>,
+    /// Those of them whose scores are wanted, in ascending order.
+    pub(crate) wanted: &'w [Range<usize>],
     /// [keys][stride]; lanes from `count` on become anything.
     pub(crate) scores: &'w mut [f32],
     /// LANES, or less where they are packed.
@@ -102,6 +66,8 @@ pub(crate) struct FewSums<'w> {
     pub(crate) stride: usize,
     /// The values.
     pub(crate) values: FewRows<'w>,
+    /// How many.
+    pub(crate) keys: usize,
     /// Place of the first key in its block.
     pub(crate) first_key: usize,
     /// Query rows.
@@ -156,10 +122,8 @@ const fn sums_per_row(lanes: usize, rows: usize, most: usize) -> usize {
     }
 }
 
-/// Most keys side by side, as many rows being read in turns, whatever the lanes: with 8 ungrouped heads take 38 ns a key of dim
-/// 128 in f32, with 2 35.5 (both threads, from memory); with 4, as many sums in registers as there are lanes, four query rows
-/// take 3 to 5 % longer than with 2.
-const MOST_KEYS: [usize; 3] = [2; 3];
+/// Most keys whose sums are reduced at once. There is code for each.
+const MOST_KEYS: [usize; 3] = [4; 3];
 
 /// Most vectors of dims at a time. With 16 lanes 128 dims, so that a row of a usual head is read in one go: 64 take 10 %
 /// longer for a single query row from memory.
@@ -170,37 +134,37 @@ const MOST_DIMS: [usize; 3] = [8, 8, 16];
 const SUM_KEYS: [usize; 2] = [64, 16];
 
 impl FewScores<'_> {
-    /// Computes them, asking for the rows `ahead` on the way. Not generic, so that this is compiled here alone, whatever
+    /// Computes them. Not generic, so that this is compiled here alone, whatever
     /// rules a caller has.
     ///
     /// # Safety
     /// Every key's row must be readable for `dim` values of its kind.
-    pub(crate) unsafe fn run(&mut self, isa: Isa, ahead: AheadRows<'_>) {
-        isa.dispatch(Run(self, ahead));
+    pub(crate) unsafe fn run(&mut self, isa: Isa) {
+        isa.dispatch(Run(self));
     }
 }
 
 impl FewSums<'_> {
-    /// Adds them to the outputs, asking for the rows `ahead` on the way. Compiled here alone, like [`FewScores::run`].
+    /// Adds them to the outputs. Compiled here alone, like [`FewScores::run`].
     ///
     /// # Safety
     /// Every value row must be readable for `dim` values of its kind.
-    pub(crate) unsafe fn run(&mut self, isa: Isa, ahead: AheadRows<'_>) {
-        isa.dispatch(Run(self, ahead));
+    pub(crate) unsafe fn run(&mut self, isa: Isa) {
+        isa.dispatch(Run(self));
     }
 }
 
 /// One of the two products, to be dispatched.
-struct Run<'o, P>(&'o mut P, AheadRows<'o>);
+struct Run<'o, P>(&'o mut P);
 
 impl SimdOp for Run<'_, FewScores<'_>> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let Run(op, ahead) = self;
+        let Run(op) = self;
         debug_assert!(op.count <= MOST_ROWS.min(S::LANES));
         let (count, kind) = (op.count, op.keys.kind);
-        dispatch!(S, s, count, kind, ScoresOf, MOST_KEYS, (op, ahead));
+        dispatch!(S, s, count, kind, ScoresOf, MOST_KEYS, op);
     }
 }
 
@@ -208,10 +172,10 @@ impl SimdOp for Run<'_, FewSums<'_>> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let Run(op, ahead) = self;
+        let Run(op) = self;
         debug_assert!(op.count <= MOST_ROWS.min(S::LANES));
         let (count, kind) = (op.count, op.values.kind);
-        dispatch!(S, s, count, kind, SumsOf, MOST_DIMS, (op, ahead));
+        dispatch!(S, s, count, kind, SumsOf, MOST_DIMS, op);
     }
 }
 
@@ -229,85 +193,165 @@ unsafe fn load<S: Simd, T: Element>(s: S, row: *const T, count: usize, scale: Op
     }
 }
 
+/// Asks for the lines of `count` values from `at` on, into L2: on the way there more lines can be under way than on that to L1.
+#[inline(always)]
+fn ask<S: Simd, T>(s: S, at: *const T, count: usize) {
+    for line in (0..count).step_by(LINE / size_of::<T>()) {
+        s.prefetch_l2(at.wrapping_add(line).cast());
+    }
+}
+
+/// Whether a kernel asks for what follows a run. For one query row only where it lies elsewhere: there is next to no work, and
+/// the hardware's own streams are quicker. From memory, f32, dim 128, two threads on Zen 4, 32 heads over 32: 0.94 of the time that
+/// asking for all takes (0.88 in bf16); for four query rows, asking and not asking lie within 2 %.
+#[inline(always)]
+fn asks<const R: usize>(run: &RowRun) -> bool {
+    R > 1 || !run.goes_on()
+}
+
 /// [`FewScores`] of a type, `R` query rows, `KEYS` keys at a time.
-struct ScoresOf<'o, 'w, T, const R: usize, const KEYS: usize>(
-    (&'o mut FewScores<'w>, AheadRows<'o>),
-    PhantomData<T>,
-);
+struct ScoresOf<'o, 'w, T, const R: usize, const KEYS: usize>(&'o mut FewScores<'w>, PhantomData<T>);
 
 impl<T: Element, const R: usize, const KEYS: usize> SimdOp for ScoresOf<'_, '_, T, R, KEYS> {
     type Output = ();
 
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let (FewScores { queries, keys, scores, stride, .. }, ahead) = self.0;
-        let FewRows { rows, scales, dim, .. } = *keys;
-        let queries = (&queries[..R * dim], dim);
-        let whole = dim / S::LANES * S::LANES;
-        let in_line = LINE / size_of::<T>();
-        for first in (0..rows.len()).step_by(KEYS) {
-            // Keys past the last are the last once more, and dropped at the end.
-            let last = rows.len() - 1;
-            let mut group = [(core::ptr::null::<T>(), core::ptr::null::<T>(), None); KEYS];
-            for (j, (row, next, factor)) in group.iter_mut().enumerate() {
-                let key = (first + j).min(last);
-                *row = rows[key].cast();
-                *next = ahead.with(key, *row);
-                if R == 1 {
-                    ask(s, *next, dim);
-                }
-                if T::SCALED {
-                    *factor = Some(s.splat(scales[key]));
-                }
-            }
-            let mut acc = [[s.zero(); R]; KEYS];
-            for line in (0..whole).step_by(in_line) {
-                for (_, next, _) in group {
-                    if R > 1 {
-                        ask(s, next.wrapping_add(line), 1);
-                    }
-                }
-                for at in (line..whole.min(line + in_line)).step_by(S::LANES) {
-                    // SAFETY: the vector at `at` lies inside each key's row and inside each query.
-                    unsafe { step(s, queries, at, S::LANES, &group, &mut acc) };
-                }
-            }
-            if whole < dim {
-                // SAFETY: as above, for the values that are left.
-                unsafe { step(s, queries, whole, dim - whole, &group, &mut acc) };
-            }
-            let mut sums = [s.zero(); 16];
-            for (j, acc) in acc.iter().enumerate() {
-                for (i, &acc) in acc.iter().enumerate() {
-                    sums[j * R + i] = acc;
-                }
-            }
-            let used = match R * KEYS {
-                1 => 1,
-                2..=4 => 4,
-                5..=8 => 8,
-                _ => 16,
-            };
-            let sums = s.reduce_each(&sums[..used]);
-            if *stride == R
-                && let Some(to) = scores[first * R..].first_chunk_mut::<16>()
-            {
-                // Packed, side by side; what is too much is written over by the next or not used.
-                s.store(sums, to);
-                continue;
-            }
-            let mut values = [0.0; 16];
-            s.store(sums, &mut values);
-            for j in 0..KEYS.min(rows.len() - first) {
-                // A query per lane; where there are fewer lanes than R, there are no more queries either.
-                let lanes = R.min(S::LANES);
-                scores[(first + j) * *stride..][..lanes].copy_from_slice(&values[j * R..][..lanes]);
+        let FewScores { queries, keys, wanted, scores, stride, .. } = self.0;
+        let queries = (&queries[..R * keys.dim], keys.dim);
+        let mut cursor = RunCursor::new(keys.runs);
+        for wanted in *wanted {
+            let mut at = wanted.start;
+            while let Some(run) = cursor.take(at..wanted.end) {
+                let scales = if T::SCALED { &keys.scales[at..at + run.count] } else { &[] };
+                // SAFETY: the rows are readable for `dim` values, says the caller of `run`.
+                unsafe {
+                    scores_of_run::<S, T, R, KEYS>(
+                        s,
+                        queries,
+                        (&run, scales),
+                        &mut scores[at * *stride..],
+                        *stride,
+                    )
+                };
+                at += run.count;
             }
         }
     }
 }
 
-/// A vector of each key, with its factor, times that of each query, (their values, the dim).
+/// The scores of a run of keys, given with their factors, for the queries (their values, the dim).
+///
+/// # Safety
+/// The rows must be readable for `dim` values.
+#[inline(always)]
+unsafe fn scores_of_run<S: Simd, T: Element, const R: usize, const KEYS: usize>(
+    s: S,
+    queries: (&[f32], usize),
+    (run, scales): (&RowRun, &[f32]),
+    scores: &mut [f32],
+    stride: usize,
+) {
+    let (mut row, (mut next, next_stride), asks) = (run.first, run.ahead, asks::<R>(run));
+    for first in (0..run.count).step_by(KEYS) {
+        let mut acc = [[s.zero(); R]; KEYS];
+        // Written out: in a loop the sums would go through the stack.
+        macro_rules! dots {
+            ($keys:literal: $($j:literal)*) => {$(
+                if KEYS.saturating_sub($j) >= $keys && first + $j < run.count {
+                    let mut keys = [(row.cast::<T>(), next.cast::<T>(), None); $keys];
+                    for (i, (key, ask, factor)) in keys.iter_mut().enumerate() {
+                        // A key past the last is the last once more, and dropped at the end.
+                        let i = i.min(run.count - 1 - (first + $j));
+                        *key = row.wrapping_offset(i as isize * run.stride).cast();
+                        *ask = next.wrapping_offset(i as isize * next_stride).cast();
+                        if T::SCALED {
+                            *factor = Some(s.splat(scales[first + $j + i]));
+                        }
+                    }
+                    // SAFETY: the caller's promise.
+                    let dots: [_; $keys] = unsafe { dots(s, queries, &keys, asks) };
+                    acc[$j..$j + $keys].copy_from_slice(&dots);
+                    row = row.wrapping_offset($keys * run.stride);
+                    next = next.wrapping_offset($keys * next_stride);
+                }
+            )*};
+        }
+        if R < 4 || KEYS == 1 {
+            dots!(1: 0 1 2 3);
+        } else {
+            dots!(2: 0 2);
+        }
+        let mut sums = [s.zero(); 16];
+        for (j, acc) in acc.iter().enumerate() {
+            for (i, &acc) in acc.iter().enumerate() {
+                sums[j * R + i] = acc;
+            }
+        }
+        let used = match R * KEYS {
+            1 => 1,
+            2..=4 => 4,
+            5..=8 => 8,
+            _ => 16,
+        };
+        let sums = s.reduce_each(&sums[..used]);
+        if stride == R
+            && let Some(to) = scores[first * R..].first_chunk_mut::<16>()
+        {
+            // Packed, side by side; what is too much is written over by the next or not used.
+            s.store(sums, to);
+            continue;
+        }
+        let mut values = [0.0; 16];
+        s.store(sums, &mut values);
+        for j in 0..KEYS.min(run.count - first) {
+            // A query per lane; where there are fewer lanes than R, there are no more queries either.
+            let lanes = R.min(S::LANES);
+            scores[(first + j) * stride..][..lanes].copy_from_slice(&values[j * R..][..lanes]);
+        }
+    }
+}
+
+/// The products, lane by lane, of `KEYS` keys side by side and each query (their values, the dim). Rows are read from their start
+/// to their end, and so are those asked for that are given with them; with their factors.
+///
+/// # Safety
+/// The rows must be readable for `dim` values.
+#[inline(always)]
+unsafe fn dots<S: Simd, T: Element, const R: usize, const KEYS: usize>(
+    s: S,
+    (queries, dim): (&[f32], usize),
+    keys: &[(*const T, *const T, Option<S::F32>); KEYS],
+    asks: bool,
+) -> [[S::F32; R]; KEYS] {
+    let mut sums = [[s.zero(); R]; KEYS];
+    let mut at = 0;
+    macro_rules! vector {
+        ($at:expr, $count:expr, $begins_line:expr) => {
+            // Line by line, so that products and memory go on side by side.
+            if asks && $begins_line {
+                for (_, next, _) in keys {
+                    ask(s, next.wrapping_add($at), S::LANES);
+                }
+            }
+            // SAFETY: the dims from `at` on, `LANES` of them each time but the last, lie inside the rows and each query.
+            unsafe { step(s, (queries, dim), $at, $count, keys, &mut sums) };
+        };
+    }
+    while at + 4 * S::LANES <= dim {
+        for i in 0..4 {
+            vector!(at + i * S::LANES, S::LANES, (i * S::LANES).is_multiple_of(LINE / size_of::<T>()));
+        }
+        at += 4 * S::LANES;
+    }
+    while at < dim {
+        vector!(at, S::LANES.min(dim - at), true);
+        at += S::LANES;
+    }
+    sums
+}
+
+/// A vector of each key, with its factor, times that of each query (their values, the dim).
 ///
 /// # Safety
 /// `count` values from `at` on must lie inside each key's row and each query.
@@ -318,7 +362,7 @@ unsafe fn step<S: Simd, T: Element, const R: usize, const KEYS: usize>(
     at: usize,
     count: usize,
     keys: &[(*const T, *const T, Option<S::F32>); KEYS],
-    acc: &mut [[S::F32; R]; KEYS],
+    sums: &mut [[S::F32; R]; KEYS],
 ) {
     // SAFETY: the caller's promise.
     unsafe {
@@ -326,33 +370,32 @@ unsafe fn step<S: Simd, T: Element, const R: usize, const KEYS: usize>(
         for (i, q) in q.iter_mut().enumerate() {
             *q = load(s, queries.as_ptr().add(i * dim + at), count, None);
         }
-        for (acc, &(row, _, factor)) in acc.iter_mut().zip(keys) {
+        for (sums, &(row, _, factor)) in sums.iter_mut().zip(keys) {
             let k = load(s, row.add(at), count, factor);
-            for (acc, &q) in acc.iter_mut().zip(&q) {
-                *acc = s.mul_add(k, q, *acc);
+            for (sum, &q) in sums.iter_mut().zip(&q) {
+                *sum = s.mul_add(k, q, *sum);
             }
         }
     }
 }
 
 /// [`FewSums`] of a type, `R` query rows, `DV` vectors of dims at a time.
-struct SumsOf<'o, 'w, T, const R: usize, const DV: usize>(
-    (&'o mut FewSums<'w>, AheadRows<'o>),
-    PhantomData<T>,
-);
+struct SumsOf<'o, 'w, T, const R: usize, const DV: usize>(&'o mut FewSums<'w>, PhantomData<T>);
 
 impl<T: Element, const R: usize, const DV: usize> SimdOp for SumsOf<'_, '_, T, R, DV> {
     type Output = ();
 
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let (sums, ahead) = self.0;
-        let (dim, step, keys) = (sums.values.dim, DV * S::LANES, sums.values.rows.len());
+        let sums = self.0;
+        let (dim, step, keys) = (sums.values.dim, DV * S::LANES, sums.keys);
+        let mut cursor = RunCursor::new(sums.values.runs);
         let chunk = SUM_KEYS[usize::from(dim > step)];
         let mut first = 0;
         while first < keys {
             let end = keys.min((sums.first_key + first) / chunk * chunk + chunk - sums.first_key);
-            let mut part = Part { keys: first..end, at: 0, last: S::LANES, ahead };
+            cursor.advance(first);
+            let mut part = Part { keys: first..end, cursor, at: 0, last: S::LANES };
             while part.at + step <= dim {
                 // SAFETY: these dims are inside the rows, which are readable, says the caller of `run`.
                 unsafe { sums.dims::<S, T, R, DV>(s, &part) };
@@ -378,11 +421,12 @@ impl<T: Element, const R: usize, const DV: usize> SimdOp for SumsOf<'_, '_, T, R
 /// Keys and dims that are summed up in registers.
 struct Part<'o> {
     keys: Range<usize>,
+    /// At the first of them.
+    cursor: RunCursor<'o>,
     /// The first dim.
     at: usize,
     /// Dims in the last vector.
     last: usize,
-    ahead: AheadRows<'o>,
 }
 
 impl FewSums<'_> {
@@ -392,31 +436,36 @@ impl FewSums<'_> {
     /// As [`Self::run`]; the part's keys and dims must be inside.
     #[inline(always)]
     unsafe fn dims<S: Simd, T: Element, const R: usize, const DV: usize>(&mut self, s: S, part: &Part<'_>) {
-        let &Part { ref keys, at, last, ahead } = part;
+        let &Part { ref keys, mut cursor, at, last } = part;
         let mut acc = [[s.zero(); DV]; R];
-        let FewRows { rows, scales, dim, .. } = self.values;
-        let weights = self.weights.chunks_exact(self.stride).skip(keys.start);
-        for (j, (weights, &row)) in keys.clone().zip(weights.zip(&rows[keys.clone()])) {
-            let next = ahead.with(j, row).cast::<T>();
-            if R > 1 {
-                ask(s, next.wrapping_add(at), DV * S::LANES);
-            } else if at == 0 {
-                ask(s, next, dim);
-            }
-            let factor = if T::SCALED { Some(s.splat(scales[j])) } else { None };
-            let mut v = [s.zero(); DV];
-            for (d, v) in v.iter_mut().enumerate() {
-                // SAFETY: these dims are inside the row.
-                *v = unsafe { load(s, row.cast::<T>().add(at + d * S::LANES), last, factor) };
-            }
-            // The stride is R rounded up.
-            let Some(weights) = weights.first_chunk::<R>() else { continue };
-            for (acc, &weight) in acc.iter_mut().zip(weights) {
-                let weight = s.splat(weight);
-                for (acc, &v) in acc.iter_mut().zip(&v) {
-                    *acc = s.mul_add(weight, v, *acc);
+        let FewRows { scales, dim, .. } = self.values;
+        let mut first = keys.start;
+        while let Some(run) = cursor.take(first..keys.end) {
+            let weights = self.weights[first * self.stride..].chunks_exact(self.stride);
+            let (mut row, (mut next, next_stride), asks) = (run.first, run.ahead, asks::<R>(&run));
+            for (j, weights) in (first..first + run.count).zip(weights) {
+                let here = row.cast::<T>();
+                if asks {
+                    ask(s, next.cast::<T>().wrapping_add(at), DV * S::LANES);
                 }
+                let factor = if T::SCALED { Some(s.splat(scales[j])) } else { None };
+                let mut v = [s.zero(); DV];
+                for (d, v) in v.iter_mut().enumerate() {
+                    // SAFETY: these dims are inside the row.
+                    *v = unsafe { load(s, here.add(at + d * S::LANES), last, factor) };
+                }
+                // The stride is R rounded up.
+                let Some(weights) = weights.first_chunk::<R>() else { continue };
+                for (acc, &weight) in acc.iter_mut().zip(weights) {
+                    let weight = s.splat(weight);
+                    for (acc, &v) in acc.iter_mut().zip(&v) {
+                        *acc = s.mul_add(weight, v, *acc);
+                    }
+                }
+                row = row.wrapping_offset(run.stride);
+                next = next.wrapping_offset(next_stride);
             }
+            first += run.count;
         }
         let whole = last == S::LANES;
         let alpha = if keys.start == 0 { self.alpha } else { Some(&[1.0; MOST_ROWS][..]) };

@@ -13,8 +13,9 @@ use core::ops::Range;
 use qkv_simd::Simd;
 
 use crate::Data;
-use crate::few_rows::{RowKind, RowList};
+use crate::few_rows::RowList;
 use crate::interval::Segment;
+use crate::row_runs::{RowKind, RowRun, RunList};
 
 /// The keys or the values of a call.
 #[derive(Clone, Copy, Debug)]
@@ -89,22 +90,24 @@ impl<'a> KvRows<'a> {
         }
     }
 
-    /// Adds the address of each row of `keys`, whatever it consists of.
+    /// The rows of `keys`, whatever they consist of, as far as they lie in one run; None where there are no keys.
     #[inline(always)]
-    pub(crate) fn memory(
-        &self,
-        segment: &Segment,
-        head: usize,
-        keys: &Range<usize>,
-        to: &mut RowList<*const u8>,
-    ) {
+    pub(crate) fn first_run(&self, segment: &Segment, head: usize, keys: &Range<usize>) -> Option<RowRun> {
+        if keys.is_empty() {
+            return None;
+        }
+        let (place, run) = self.place(segment, head, keys.start);
+        let (first, stride, bytes) = self.data.row_memory(place);
+        Some(RowRun::new(first, stride, run.min(keys.len()).min(RowRun::most(bytes))))
+    }
+
+    /// Adds the rows of `keys` in runs.
+    #[inline(always)]
+    pub(crate) fn runs(&self, segment: &Segment, head: usize, keys: &Range<usize>, to: &mut RunList) {
         let mut key = keys.start;
-        while key < keys.end {
-            let (place, run) = self.place(segment, head, key);
-            let count = run.min(keys.end - key);
-            let (first, stride, _) = self.data.row_memory(place);
-            to.extend((0..count as isize).map(|i| first.wrapping_offset(i * stride)));
-            key += count;
+        while let Some(run) = self.first_run(segment, head, &(key..keys.end)) {
+            key += run.count;
+            to.push(run);
         }
     }
 

@@ -32,6 +32,7 @@ mod prefill;
 mod products;
 pub mod reference;
 pub mod rotary;
+mod row_runs;
 pub mod rule;
 mod runs;
 mod score_ops;

@@ -31,6 +31,7 @@ use crate::panels::{self, BiasPanel, Bits, WORD};
 use crate::parts::Shared;
 use crate::plan::{Plan, Task, key_block};
 use crate::products::{Scores, Vectors, WeightedSum};
+use crate::row_runs::RunList;
 use crate::rule::ScoreRule;
 use crate::runs::Runs;
 use crate::score_ops::{ScorePass, StripLanes, TileOps, Units, relative_position};
@@ -369,9 +370,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let needs_pass = spec.softcap.is_some() || alibi || R::ACTIVE;
         let tiles = keys.len().div_ceil(if S::REGISTERS >= 32 { LINKED_ROWS } else { MR });
         let ahead = self.ahead(strip, rows, keys, visible, tiles);
-        let (mut key_rows, mut scales, mut next_rows) = (RowList::new(), RowList::new(), RowList::new());
-        let few = FEW.then(|| self.few_rows(&call.k, self.keys, keys, (&mut key_rows, &mut scales)));
-        let next_rows = few.as_ref().map(|few| self.rows_ahead(few, &call.k, keys, &mut next_rows));
+        let (mut key_runs, mut scales) = (RunList::new(), RowList::new());
+        let few = FEW.then(|| self.few_rows(&call.k, self.keys, keys, (&mut key_runs, &mut scales)));
         let panel = if call.plan.has_panels { keys.len() * Self::NR } else { 0 };
         let bias =
             BiasPanel::new(s, spec, rows, keys, (&mut self.scratch.bias[..panel], &mut *self.scratch.rows));
@@ -387,23 +387,16 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let light = !needs_pass && !FEW;
         let queries = &self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR];
         let scores = &mut self.scratch.scores[..keys.len() * Self::NR];
-        if let (Some(few), Some(next_rows)) = (few, next_rows) {
+        if let Some(few) = few {
             let plain = !needs_pass && tile_ops.is_empty();
             let packs = plain && runs.as_slice().len() == 1 && call.weights.is_none();
             let stride = if packs { packed_stride::<S>(rows.count) } else { S::LANES };
             fill_gaps(scores, runs.as_slice(), stride);
-            for run in runs.as_slice() {
-                let mut op = FewScores {
-                    queries,
-                    count: rows.count,
-                    keys: few.part(run.clone()),
-                    scores: &mut scores[run.start * stride..],
-                    stride,
-                };
-                let ahead = next_rows.part(run);
-                // SAFETY: the keys of the block have rows of `dk` values.
-                unsafe { op.run(call.isa, ahead) };
-            }
+            let wanted = runs.as_slice();
+            let mut op =
+                FewScores { queries, count: rows.count, keys: few, wanted, scores: &mut *scores, stride };
+            // SAFETY: the keys of the block have rows of `dk` values.
+            unsafe { op.run(call.isa) };
             if plain {
                 packed_scores::pad::<S>(scores, keys.len() * stride);
                 let mut max = [s.splat(f32::NEG_INFINITY); NV];
@@ -478,23 +471,23 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         }
         // The first block of a strip writes: what the scratch held before is never read.
         let started = self.started >> strip & 1 == 1;
-        let (mut value_rows, mut scales, mut next_rows) = (RowList::new(), RowList::new(), RowList::new());
-        let few = FEW.then(|| self.few_rows(&self.call.v, values, keys, (&mut value_rows, &mut scales)));
-        let ahead = few.as_ref().map(|few| self.rows_ahead(few, &self.call.v, keys, &mut next_rows));
+        let (mut value_runs, mut scales) = (RunList::new(), RowList::new());
+        let few = FEW.then(|| self.few_rows(&self.call.v, values, keys, (&mut value_runs, &mut scales)));
         let weights = &self.scratch.scores[..keys.len() * stride];
         let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
-        if let (Some(few), Some(ahead)) = (few, ahead) {
+        if let Some(few) = few {
             let mut op = FewSums {
                 weights,
                 stride,
                 values: few,
+                keys: keys.len(),
                 first_key: keys.start - self.block.start,
                 count: self.task.rows.len(),
                 alpha: started.then_some(&factors),
                 outputs,
             };
             // SAFETY: the keys of the block have value rows of `dv` values.
-            unsafe { op.run(self.call.isa, ahead) };
+            unsafe { op.run(self.call.isa) };
             return;
         }
         let mut op = WeightedSum::<S, NV> {

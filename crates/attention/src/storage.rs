@@ -14,7 +14,7 @@
 use half::{bf16, f16};
 use qkv_simd::Simd;
 
-use crate::few_rows::RowKind;
+use crate::row_runs::RowKind;
 use crate::{TensorError, TensorMut, TensorRef};
 
 /// A borrowed tensor (batch, heads, length, dim) of any storage type.

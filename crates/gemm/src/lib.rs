@@ -21,7 +21,8 @@
 //!   [`for_row_tiles`] (`row_tiles.rs`, the cut into tiles), [`tile`](mod@tile) (registers). Block sizes: `params.rs` from the caches ([`CacheInfo`]); tile shapes: `shapes.rs`.
 //! - Few rows or columns: `gemv.rs`.
 //! - Copies in the tile's order: [`pack_lhs`], [`pack_rhs`]; what happens to sums: `writeback.rs`, [`Epilogue`].
-//! - Threads: `parallel.rs`; memory: [`AlignedBuf`], [`with_scratch`].
+//! - Threads: `parallel.rs`; memory: [`AlignedBuf`], [`with_scratch`],
+//!   [`prefer_huge_pages`].
 //!
 //! The attention crate uses the tile, the panels and the scratch under the contract in `docs/KERNELS.md`.
 
@@ -33,6 +34,7 @@ mod epilogue;
 mod error;
 mod gemm;
 mod gemv;
+mod huge_pages;
 mod matrix;
 #[cfg(feature = "ndarray")]
 mod ndarray;
@@ -51,6 +53,7 @@ pub use cache::{CacheInfo, CacheSource};
 pub use epilogue::{Activation, Epilogue, Identity, Place};
 pub use error::GemmError;
 pub use gemm::{GemmSpec, gemm, gemm_packed, gemm_with_epilogue};
+pub use huge_pages::prefer_huge_pages;
 pub use matrix::{MatMut, MatRef};
 pub use pack::{pack_lhs, pack_rhs, packed_len};
 pub use packed::PackedRhs;

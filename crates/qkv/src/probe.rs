@@ -19,7 +19,7 @@ use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use qkv_gemm::CacheInfo;
+use qkv_gemm::{CacheInfo, prefer_huge_pages};
 use qkv_simd::{Isa, IsaError, Simd, SimdOp};
 
 /// How a probe measures. The defaults take 0.2 seconds for the peak and about half a second for the bandwidth.
@@ -39,6 +39,9 @@ pub struct ProbeOptions {
     /// buffer stays and is read at the cache's speed. At least 256 MiB, because a virtual machine may report the share
     /// of the cache that it was given, or none.
     pub buffer_bytes: Option<usize>,
+    /// Whether that buffer asks for huge pages, as qkv's own caches do ([`prefer_huge_pages`]). The default, since they are read
+    /// fastest. For data that lies in ordinary memory, the limit is that of ordinary memory.
+    pub huge_pages: bool,
 }
 
 impl Default for ProbeOptions {
@@ -49,6 +52,7 @@ impl Default for ProbeOptions {
             rounds: 9,
             round: Duration::from_millis(20),
             buffer_bytes: None,
+            huge_pages: true,
         }
     }
 }
@@ -88,6 +92,12 @@ impl ProbeOptions {
     #[must_use]
     pub fn with_buffer_bytes(self, bytes: usize) -> Self {
         Self { buffer_bytes: Some(bytes), ..self }
+    }
+
+    /// With or without huge pages for [`read_bandwidth`].
+    #[must_use]
+    pub fn with_huge_pages(self, huge_pages: bool) -> Self {
+        Self { huge_pages, ..self }
     }
 
     /// Bytes that [`read_bandwidth`] will take.
@@ -178,6 +188,9 @@ pub fn read_bandwidth(options: &ProbeOptions) -> Result<f64, ProbeError> {
     let make = |_| {
         let mut buffer = Vec::new();
         buffer.try_reserve_exact(values).ok()?;
+        if options.huge_pages {
+            prefer_huge_pages(buffer.spare_capacity_mut());
+        }
         buffer.resize(values, 1.0f32);
         Some((buffer, 0))
     };

@@ -6,8 +6,9 @@
 //! heads over 8, 8192 keys 0.86 of the time, in pages of 16 tokens 0.89; 32 over 32, 4096 keys 0.94 and 0.91.
 
 use core::fmt;
-use core::mem::MaybeUninit;
 use core::ops::{Deref, DerefMut};
+
+use qkv_gemm::prefer_huge_pages;
 
 /// Values whose number does not change.
 pub(super) struct Pool<T>(Vec<T>);
@@ -50,23 +51,3 @@ impl<T> fmt::Debug for Pool<T> {
         f.debug_struct("Pool").field("bytes", &size_of_val::<[T]>(self)).finish()
     }
 }
-
-/// Asks for memory that nothing has been written to yet to come in huge pages, as far as whole ones lie in it. Where transparent
-/// huge pages are set to `madvise`, as many distributions do, nobody gets any unasked.
-#[cfg(target_os = "linux")]
-fn prefer_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
-    /// On x86-64, and on AArch64 with pages of 4 KiB; a multiple of every page.
-    const HUGE: usize = 2 << 20;
-    let bytes = memory.as_mut_ptr_range();
-    let (start, end) = (bytes.start.cast::<u8>(), bytes.end as usize / HUGE * HUGE);
-    let start = start.wrapping_add((start as usize).wrapping_neg() % HUGE);
-    if end > start as usize {
-        // SAFETY: the pages from `start` to `end` lie in `memory`, of which advice changes neither the contents nor what may be
-        // done with it. Refusal, by a kernel without huge pages, leaves everything as it was.
-        unsafe { libc::madvise(start.cast(), end - start as usize, libc::MADV_HUGEPAGE) };
-    }
-}
-
-/// Other systems have no such advice, or need none.
-#[cfg(not(target_os = "linux"))]
-fn prefer_huge_pages<T>(_memory: &mut [MaybeUninit<T>]) {}
