@@ -14,7 +14,7 @@
 //! same reason addresses are counted up (row_runs.rs).
 //!
 //! As each vector of a key or a value is loaded once, it is widened in its register: f16, bf16 and 8-bit rows are read
-//! where they lie, like f32. Queries are [rows][dk], outputs [rows][dv].
+//! where they lie, like f32; the factor of an 8-bit row is taken once, at its sums and at its weight. Queries are [rows][dk], outputs [rows][dv].
 //!
 //! Scores lie as everywhere, [keys][lanes] with a query per lane, so that all masks and biases are the tiles' own, and are
 //! packed for the softmax update, which is the tiles' as well (packed_scores.rs). A block that is seen as a whole is packed
@@ -184,13 +184,9 @@ impl SimdOp for Run<'_, FewSums<'_>> {
 /// # Safety
 /// The values must be readable.
 #[inline(always)]
-unsafe fn load<S: Simd, T: Element>(s: S, row: *const T, count: usize, scale: Option<S::F32>) -> S::F32 {
+unsafe fn load<S: Simd, T: Element>(s: S, row: *const T, count: usize) -> S::F32 {
     // SAFETY: the caller's promise.
-    let x = unsafe { if count == S::LANES { T::load(s, row) } else { T::load_partial(s, row, count) } };
-    match scale {
-        Some(scale) => s.mul(scale, x),
-        None => x,
-    }
+    unsafe { if count == S::LANES { T::load(s, row) } else { T::load_partial(s, row, count) } }
 }
 
 /// Asks for the lines of `count` values from `at` on, into L2: on the way there more lines can be under way than on that to L1.
@@ -348,10 +344,17 @@ unsafe fn dots<S: Simd, T: Element, const R: usize, const KEYS: usize>(
         vector!(at, S::LANES.min(dim - at), true);
         at += S::LANES;
     }
+    for (sums, &(.., factor)) in sums.iter_mut().zip(keys) {
+        if let Some(factor) = factor {
+            for sum in sums {
+                *sum = s.mul(factor, *sum);
+            }
+        }
+    }
     sums
 }
 
-/// A vector of each key, with its factor, times that of each query (their values, the dim).
+/// A vector of each key times that of each query (their values, the dim).
 ///
 /// # Safety
 /// `count` values from `at` on must lie inside each key's row and each query.
@@ -368,10 +371,10 @@ unsafe fn step<S: Simd, T: Element, const R: usize, const KEYS: usize>(
     unsafe {
         let mut q = [s.zero(); R];
         for (i, q) in q.iter_mut().enumerate() {
-            *q = load(s, queries.as_ptr().add(i * dim + at), count, None);
+            *q = load(s, queries.as_ptr().add(i * dim + at), count);
         }
-        for (sums, &(row, _, factor)) in sums.iter_mut().zip(keys) {
-            let k = load(s, row.add(at), count, factor);
+        for (sums, &(row, ..)) in sums.iter_mut().zip(keys) {
+            let k = load(s, row.add(at), count);
             for (sum, &q) in sums.iter_mut().zip(&q) {
                 *sum = s.mul_add(k, q, *sum);
             }
@@ -448,16 +451,15 @@ impl FewSums<'_> {
                 if asks {
                     ask(s, next.cast::<T>().wrapping_add(at), DV * S::LANES);
                 }
-                let factor = if T::SCALED { Some(s.splat(scales[j])) } else { None };
                 let mut v = [s.zero(); DV];
                 for (d, v) in v.iter_mut().enumerate() {
                     // SAFETY: these dims are inside the row.
-                    *v = unsafe { load(s, here.add(at + d * S::LANES), last, factor) };
+                    *v = unsafe { load(s, here.add(at + d * S::LANES), last) };
                 }
                 // The stride is R rounded up.
                 let Some(weights) = weights.first_chunk::<R>() else { continue };
                 for (acc, &weight) in acc.iter_mut().zip(weights) {
-                    let weight = s.splat(weight);
+                    let weight = s.splat(if T::SCALED { weight * scales[j] } else { weight });
                     for (acc, &v) in acc.iter_mut().zip(&v) {
                         *acc = s.mul_add(weight, v, *acc);
                     }

@@ -116,9 +116,16 @@ impl<'a> KvRows<'a> {
     pub(crate) fn scales(&self, segment: &Segment, head: usize, keys: &Range<usize>, to: &mut RowList<f32>) {
         let Data::Int8(int8) = &self.data else { return };
         let scales = int8.scales();
-        to.extend(keys.clone().map(|key| {
-            let ([batch, head, position], _) = self.place(segment, head, key);
-            scales.row(batch, head, position)[0]
-        }));
+        let mut key = keys.start;
+        while key < keys.end {
+            let ([batch, head, position], run) = self.place(segment, head, key);
+            let count = run.min(keys.end - key);
+            let (first, stride, _) = scales.row_memory(batch, head, position);
+            to.extend((0..count as isize).map(|i| {
+                // SAFETY: the scales of the positions of a run are one stride apart, and there is at least one each.
+                unsafe { first.wrapping_offset(i * stride).cast::<f32>().read() }
+            }));
+            key += count;
+        }
     }
 }
