@@ -14,7 +14,8 @@
 //! same reason addresses are counted up (row_runs.rs).
 //!
 //! As each vector of a key or a value is loaded once, it is widened in its register: f16, bf16 and 8-bit rows are read
-//! where they lie, like f32; the factor of an 8-bit row is taken once, at its sums and at its weight. Queries are [rows][dk], outputs [rows][dv].
+//! where they lie, like f32; the factor of an 8-bit row is taken once, at its sums and at its weight. Queries are
+//! [rows][dk], outputs [rows][dv].
 //!
 //! Scores lie as everywhere, [keys][lanes] with a query per lane, so that all masks and biases are the tiles' own, and are
 //! packed for the softmax update, which is the tiles' as well (packed_scores.rs). A block that is seen as a whole is packed
