@@ -1,8 +1,9 @@
 //! `measure decode`: one step of decoding against the roofline, and prefill over 16-bit keys against f32.
 //!
 //! The roofline of a step is the larger of its bytes over the read bandwidth and its operations over the peak, both
-//! measured in the same round, before and after it, in huge pages like the caches. The cache is as many copies, taken in turn, as make several times the
-//! last-level cache: a real model's weights pass through the caches between two steps as well.
+//! measured in the same round, before and after it, in huge pages like the caches. The cache is as many copies, taken
+//! in turn, as make several times the last-level cache: a real model's weights pass through the caches between two
+//! steps as well.
 
 use std::error::Error;
 use std::time::Duration;

@@ -135,8 +135,7 @@ const MOST_DIMS: [usize; 3] = [8, 8, 16];
 const SUM_KEYS: [usize; 2] = [64, 16];
 
 impl FewScores<'_> {
-    /// Computes them. Not generic, so that this is compiled here alone, whatever
-    /// rules a caller has.
+    /// Computes them. Not generic, so that this is compiled here alone, whatever rules a caller has.
     ///
     /// # Safety
     /// Every key's row must be readable for `dim` values of its kind.
@@ -203,7 +202,7 @@ fn ask<S: Simd, T>(s: S, at: *const T, count: usize) {
 /// asking for all takes (0.88 in bf16); for four query rows, asking and not asking lie within 2 %.
 #[inline(always)]
 fn asks<const R: usize>(run: &RowRun) -> bool {
-    R > 1 || !run.goes_on()
+    R > 1 || !run.goes_on
 }
 
 /// [`FewScores`] of a type, `R` query rows, `KEYS` keys at a time.

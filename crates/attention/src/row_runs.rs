@@ -1,8 +1,7 @@
 //! Rows of keys or of values where they lie, as runs of rows at one distance from each other.
 //!
 //! Runs and not addresses, so that a kernel counts its addresses up instead of loading them: of loads whose addresses are
-//! loaded too, the hardware makes no stream. One thread on Zen 4, rows of 512 bytes one after the other in huge pages, no
-//! software asking: addresses from a list 17 GB/s, counted up 32.
+//! loaded too, the hardware makes no stream (docs/TUNING.md, what was tried).
 //!
 //! Each run says what is to be asked for while it is read: the run that follows it. Runs are short, [`RowRun::most`], so that
 //! this is not too far ahead.
@@ -13,8 +12,8 @@ use arrayvec::ArrayVec;
 
 use crate::few_rows::FEW_BLOCK;
 
-/// Bytes of a run, about, and so how far ahead is asked. One thread on Zen 4, keys and values in turn in huge pages: 8 KiB are as
-/// quick as none, 32 and 128 KiB take 1.25 of the time; in pages of 4 KiB 8 KiB are the quickest.
+/// Bytes of a run, about, and so how far ahead is asked. Two threads on Zen 4, from memory, against 4, 16 and 32 KiB: f32 within
+/// the noise; bf16, 32 heads over 32, 4096 keys takes 1.3 of the time with 32.
 const RUN_BYTES: usize = 8 << 10;
 
 /// Rows of a block, of keys or of values.
@@ -50,6 +49,8 @@ pub(crate) struct RowRun {
     pub(crate) count: usize,
     /// What is asked for with the first, and the distance for the others.
     pub(crate) ahead: (*const u8, isize),
+    /// Whether that continues the run in memory.
+    pub(crate) goes_on: bool,
 }
 
 /// Runs of the rows of a block.
@@ -59,19 +60,13 @@ impl RowRun {
     /// A run that asks for nothing but itself.
     #[inline(always)]
     pub(crate) fn new(first: *const u8, stride: isize, count: usize) -> Self {
-        Self { first, stride, count, ahead: (first, stride) }
+        Self { first, stride, count, ahead: (first, stride), goes_on: true }
     }
 
     /// The most rows of a run, for rows of `bytes`: a multiple of the keys that a kernel takes at a time.
     #[inline(always)]
     pub(crate) fn most(bytes: usize) -> usize {
         RUN_BYTES.div_ceil(bytes.max(1)).next_multiple_of(4).min(FEW_BLOCK)
-    }
-
-    /// Whether what it asks for continues it.
-    #[inline(always)]
-    pub(crate) fn goes_on(&self) -> bool {
-        self.ahead == (self.first.wrapping_offset(self.count as isize * self.stride), self.stride)
     }
 
     /// `count` rows from the `skip`-th on.
@@ -95,6 +90,8 @@ pub(crate) fn link(runs: &mut [RowRun], then: Option<RowRun>) {
     for run in runs.iter_mut().rev() {
         if let Some(next) = next {
             run.ahead = (next.first, next.stride);
+            run.goes_on =
+                run.ahead == (run.first.wrapping_offset(run.count as isize * run.stride), run.stride);
         }
         next = Some(*run);
     }
