@@ -7,23 +7,25 @@
 //! ```text
 //! rows are contiguous      stream: sums[few][NC] += few x 12 times 12 x NC, twelve rows of the matrix side by side;
 //!                          the sums stay in L1, the register tile does the work
+//!   and from memory        the same by parts of k, with six rows a sixth of the part apart, so that each of the six
+//!                          runs on through memory from one step to the next; sums of the parts are added in order
 //! columns are contiguous   dots: lanes run along k, up to 8 columns at once or up to 4 rows, summed at the end
 //! ```
 //!
-//! Neither stride 1: the general driver packs it. Tasks are strips of columns, k is not split, so the result does not
-//! depend on the number of threads.
+//! Neither stride 1: the general driver packs it. Tasks are strips of columns and parts of k, both cut by the shape alone,
+//! so the result does not depend on the number of threads.
+
+use core::slice::{from_raw_parts, from_raw_parts_mut};
 
 use qkv_simd::Simd;
 
 use crate::driver::{Operand, Product, Weights};
 use crate::epilogue::Identity;
-use crate::pack::{Source, pack_rhs_raw};
 use crate::parallel::{Tasks, run_inline, run_tasks};
 use crate::params::{KC, block_depth, cores};
-use crate::row_tiles::{next_rows, with_rows};
-use crate::scratch::with_scratch;
+use crate::scratch::{KEPT, with_scratch};
 use crate::shapes::{KernelShape, TileOp, with_tile};
-use crate::tile::{Rhs, Rows, tile_onto};
+use crate::stream::Steps;
 use crate::writeback::{Block, Finish, Scale, Target};
 
 /// Most rows for the stream, where the matrix is small enough to stay in a cache and where it is not.
@@ -41,12 +43,12 @@ const LARGE: usize = 1 << 20;
 /// and the same with 12.
 const FEW_DOT: usize = 8;
 
-/// Rows of the matrix that the stream reads side by side.
-///
-/// A vector times 4096 x 4096, strips of 2048 columns: 4 rows reach 70 % of the bandwidth of one Zen 4 core, 8 reach
-/// 86 %, 12 reach 94 %; 16 less, as rows 16 KiB apart then push each other out of L1. Explicit prefetches, at any of the
-/// distances tried, made it slower.
-const SIDE: usize = 12;
+/// Most rows for which k is cut into parts: with more, the sums of a wide strip do not stay in L1.
+const FEW_PARTS: usize = 2;
+
+/// Columns of a strip, times rows, where k is cut into parts: 16 KiB of sums, half of the smallest L1d in use. A part of
+/// [`KC`] steps is then up to 4 MiB of the matrix.
+const WIDE: usize = 4096;
 
 /// Values of the large matrix below which the work stays on the caller's thread: half a megabyte, which is read from L2
 /// in some 10 microseconds.
@@ -76,18 +78,18 @@ pub(crate) fn run(product: &Product<'_>) -> bool {
 }
 
 /// A product few x k times k x many.
-struct Few<'a> {
-    product: &'a Product<'a>,
+pub(crate) struct Few<'a> {
+    pub(crate) product: &'a Product<'a>,
     a: Operand,
     b: Operand,
-    few: usize,
+    pub(crate) few: usize,
     many: usize,
     /// Whether this is the transpose of what was asked for.
     transposed: bool,
     /// Whether it is computed by dots.
     dot: bool,
     /// Whether the few rows must be copied to be contiguous along k.
-    copy: bool,
+    pub(crate) copy: bool,
 }
 
 // SAFETY: as for `Product`, whose pointers these are.
@@ -97,10 +99,36 @@ unsafe impl Sync for Few<'_> {}
 #[derive(Clone, Copy)]
 struct Lengths {
     width: usize,
+    /// Steps of k in a block or part.
+    depth: usize,
     sums: usize,
     rows: usize,
     panel: usize,
     turned: usize,
+}
+
+/// The sums of parts: few rows of a strip's width for each part, the parts of a strip one after the other.
+#[derive(Clone, Copy)]
+struct Slots {
+    ptr: *mut f32,
+    /// Parts of a strip.
+    parts: usize,
+    /// The strip, of all of the batch, whose sums come first.
+    first: usize,
+}
+
+// SAFETY: each task writes sums of its own; they are read when all of them are written.
+unsafe impl Sync for Slots {}
+
+/// What a task does.
+#[derive(Clone, Copy)]
+enum Step {
+    /// A strip, for all of k.
+    Whole,
+    /// A part of k of a strip: its sums stay in the slots.
+    Part(Slots),
+    /// Adds up the parts of a strip.
+    Merge(Slots),
 }
 
 impl Few<'_> {
@@ -108,29 +136,58 @@ impl Few<'_> {
         let Product { isa, k, batch, .. } = *self.product;
         let KernelShape { nr, .. } = KernelShape::of(isa);
         let lanes = isa.lanes();
-        let width = self.width(nr);
+        let cut = !self.dot && self.few <= FEW_PARTS && k.saturating_mul(self.many) >= LARGE;
+        let width = if cut { self.wide(nr) } else { self.width(nr) };
         let kc = block_depth(k, KC);
         let lengths = Lengths {
             width,
+            depth: kc,
             sums: self.few * width,
-            rows: match (self.copy, self.dot) {
+            rows: match (self.copy || cut, self.dot) {
                 (false, _) => 0,
                 (true, true) => self.few * k,
                 (true, false) => self.few * kc,
             }
             .next_multiple_of(lanes),
-            panel: if self.dot { 0 } else { kc * nr },
+            // Widths are whole panels, so only the last columns can be fewer.
+            panel: if self.dot || self.many.is_multiple_of(nr) { 0 } else { kc * nr },
             turned: if self.transposed { width * self.few.next_multiple_of(lanes) } else { 0 },
         };
+        let strips = self.many.div_ceil(width);
+        if !cut {
+            return self.tasks(batch.count * strips, lengths, Step::Whole);
+        }
+        let parts = k.div_ceil(kc);
+        // Sums are far smaller than their matrix, but a batch may read one matrix for many vectors.
+        let of_one = strips * parts * lengths.sums;
+        let at_once = (KEPT / of_one).clamp(1, batch.count.max(1));
+        with_scratch(at_once * of_one, |sums| {
+            for first in (0..batch.count).step_by(at_once) {
+                let slots = Slots { ptr: sums.as_mut_ptr(), parts, first: first * strips };
+                let strips = at_once.min(batch.count - first) * strips;
+                self.tasks(strips * parts, lengths, Step::Part(slots));
+                self.tasks(strips, lengths, Step::Merge(slots));
+            }
+        });
+    }
+
+    /// Runs `count` tasks of this kind.
+    fn tasks(&self, count: usize, lengths: Lengths, step: Step) {
+        let Product { isa, k, batch, .. } = *self.product;
         let Lengths { sums, rows, panel, turned, .. } = lengths;
-        let tasks = batch.count * self.many.div_ceil(width);
         let worker = |tasks: &Tasks<'_>| {
             with_scratch(sums + rows + panel + turned, |scratch| {
-                with_tile(isa, Worker { few: self, tasks, lengths, scratch });
+                with_tile(isa, Worker { few: self, tasks, lengths, step, scratch });
             });
         };
         let work = batch.count.saturating_mul(k).saturating_mul(self.many);
-        if work < INLINE { run_inline(tasks, worker) } else { run_tasks(tasks, worker) }
+        if work < INLINE { run_inline(count, worker) } else { run_tasks(count, worker) }
+    }
+
+    /// Columns per task where k is cut into parts: even strips of at most [`WIDE`] sums.
+    fn wide(&self, nr: usize) -> usize {
+        let strips = self.many.div_ceil(WIDE / self.few);
+        self.many.div_ceil(strips).next_multiple_of(nr)
     }
 
     /// Columns per task.
@@ -147,11 +204,12 @@ impl Few<'_> {
     }
 }
 
-/// A thread's share of the strips.
+/// A thread's share of the tasks.
 struct Worker<'a> {
     few: &'a Few<'a>,
     tasks: &'a Tasks<'a>,
     lengths: Lengths,
+    step: Step,
     scratch: &'a mut [f32],
 }
 
@@ -159,21 +217,39 @@ impl TileOp for Worker<'_> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd, const MR: usize, const NV: usize>(self, s: S) {
-        let Lengths { width, sums, rows, panel, .. } = self.lengths;
+        let Lengths { width, depth, sums, rows, panel, .. } = self.lengths;
         let (sums, rest) = self.scratch.split_at_mut(sums);
         let (rows, rest) = rest.split_at_mut(rows);
         let (panel, turned) = rest.split_at_mut(panel);
         let few = self.few;
         let strips = few.many.div_ceil(width);
+        let (first, parts) = match self.step {
+            Step::Whole => (0, 1),
+            Step::Part(slots) => (slots.first, slots.parts),
+            Step::Merge(slots) => (slots.first, 1),
+        };
         while let Some(task) = self.tasks.take() {
-            let (batch, col) = (task / strips, task % strips * width);
+            let (slot, part) = (task / parts, task % parts);
+            let (batch, strip) = ((first + slot) / strips, (first + slot) % strips);
+            let col = strip * width;
             let strip = Strip { few, batch, col, cols: width.min(few.many - col), width };
-            // SAFETY: a checked product, columns inside it that no other task has, scratch of the planned lengths.
+            let len = sums.len();
+            // SAFETY: a checked product, columns inside it, and parts of k, that no other task has, scratch of the
+            // planned lengths, and slots for the parts of all these strips, in which this part or strip has its own.
             unsafe {
-                if few.dot {
-                    strip.dots(s, sums, rows, turned);
-                } else {
-                    strip.stream::<S, MR, NV>(s, sums, rows, panel, turned);
+                match self.step {
+                    Step::Whole if few.dot => strip.dots(s, sums, rows, turned),
+                    Step::Whole => strip.stream::<S, MR, NV>(s, depth, sums, rows, panel, turned),
+                    Step::Part(slots) => {
+                        let sums = from_raw_parts_mut(slots.ptr.add((slot * parts + part) * len), len);
+                        let start = part * depth;
+                        let steps = Steps::part(start, depth.min(few.product.k - start));
+                        strip.block::<S, MR, NV>(s, steps, sums, rows, panel);
+                    }
+                    Step::Merge(slots) => {
+                        let len = slots.parts * len;
+                        strip.merge(s, from_raw_parts(slots.ptr.add(slot * len), len), sums, turned);
+                    }
                 }
             }
         }
@@ -181,166 +257,21 @@ impl TileOp for Worker<'_> {
 }
 
 /// A strip of columns of one matrix of the batch.
-struct Strip<'a> {
-    few: &'a Few<'a>,
+pub(crate) struct Strip<'a> {
+    pub(crate) few: &'a Few<'a>,
     batch: usize,
-    col: usize,
-    cols: usize,
-    width: usize,
+    pub(crate) col: usize,
+    pub(crate) cols: usize,
+    pub(crate) width: usize,
 }
 
 impl Strip<'_> {
     /// The operands of this matrix of the batch.
     #[inline(always)]
-    fn operands(&self) -> (Operand, Operand, Target) {
+    pub(crate) fn operands(&self) -> (Operand, Operand, Target) {
         let single = self.few.product.single(self.batch);
         let Weights::View(b) = single.b else { return (self.few.a, self.few.b, single.c) };
         if self.few.transposed { (b.t(), single.a.t(), single.c) } else { (single.a, b, single.c) }
-    }
-
-    /// The stream: rows of the matrix are contiguous.
-    ///
-    /// # Safety
-    /// The strip must be inside its product and be no other task's; scratch as planned.
-    #[inline(always)]
-    unsafe fn stream<S: Simd, const MR: usize, const NV: usize>(
-        &self,
-        s: S,
-        sums: &mut [f32],
-        rows: &mut [f32],
-        panel: &mut [f32],
-        turned: &mut [f32],
-    ) {
-        let nr = NV * S::LANES;
-        let few = self.few;
-        let k = few.product.k;
-        let (a, b, c) = self.operands();
-        let kc = block_depth(k, KC);
-        let whole = self.cols - self.cols % nr;
-        let mut start = 0;
-        loop {
-            let depth = kc.min(k - start);
-            let last = start + depth == k;
-            let lhs = if few.copy {
-                copy_rows(a, start, few.few, depth, rows);
-                Rows { ptr: rows.as_ptr(), stride: depth as isize }
-            } else {
-                Rows { ptr: a.at(0, start), stride: a.row_stride }
-            };
-            if whole < self.cols {
-                let source = Source {
-                    ptr: b.at(start, self.col + whole),
-                    across_stride: b.col_stride,
-                    depth_stride: b.row_stride,
-                };
-                // SAFETY: the columns after the whole panels are inside the matrix, and `panel` holds one panel.
-                unsafe {
-                    pack_rhs_raw::<S, NV>(s, source, self.cols - whole, depth, panel.as_mut_ptr());
-                }
-            }
-            sums.fill(0.0);
-            for first in (0..depth).step_by(SIDE) {
-                let steps = SIDE.min(depth - first);
-                for col in (0..self.cols).step_by(nr) {
-                    let rhs = if col < whole {
-                        Rhs { ptr: b.at(start + first, self.col + col), stride: b.row_stride }
-                    } else {
-                        Rhs { ptr: panel.as_ptr().wrapping_add(first * nr), stride: nr as isize }
-                    };
-                    let mut row = 0;
-                    while row < few.few {
-                        let count = next_rows(few.few - row, MR, true);
-                        let at = Rows {
-                            ptr: lhs.ptr.wrapping_offset(row as isize * lhs.stride).wrapping_add(first),
-                            ..lhs
-                        };
-                        with_rows!(count, MR, R => {
-                            let p = sums[row * self.width + col..].as_mut_ptr();
-                            // SAFETY: R rows of sums from (row, col) on have whole vectors, as the width is whole
-                            // panels; both sides are readable for these rows, columns and steps.
-                            unsafe {
-                                let mut acc = [[s.zero(); NV]; R];
-                                for (i, vectors) in acc.iter_mut().enumerate() {
-                                    for (v, sum) in vectors.iter_mut().enumerate() {
-                                        *sum = s.load_ptr(p.add(i * self.width + v * S::LANES));
-                                    }
-                                }
-                                let acc = tile_onto::<S, Rows, R, NV>(s, steps, at, rhs, acc);
-                                for (i, vectors) in acc.into_iter().enumerate() {
-                                    for (v, sum) in vectors.into_iter().enumerate() {
-                                        s.store_ptr(sum, p.add(i * self.width + v * S::LANES));
-                                    }
-                                }
-                            }
-                        });
-                        row += count;
-                    }
-                }
-            }
-            // SAFETY: the sums are complete for this block of k.
-            unsafe { self.write(c, start == 0, last, sums, turned) };
-            start += depth;
-            if last {
-                break;
-            }
-        }
-    }
-
-    /// The dots: columns of the matrix are contiguous.
-    ///
-    /// # Safety
-    /// As [`Self::stream`].
-    #[inline(always)]
-    unsafe fn dots<S: Simd>(&self, s: S, sums: &mut [f32], rows: &mut [f32], turned: &mut [f32]) {
-        let few = self.few;
-        let k = few.product.k;
-        let (a, b, c) = self.operands();
-        let lhs = if few.copy {
-            copy_rows(a, 0, few.few, k, rows);
-            Rows { ptr: rows.as_ptr(), stride: k as isize }
-        } else {
-            Rows { ptr: a.ptr, stride: a.row_stride }
-        };
-        let mut col = 0;
-        while col < self.cols {
-            let left = self.cols - col;
-            let columns = Rows { ptr: b.at(0, self.col + col), stride: b.col_stride };
-            let group = if left >= 8 {
-                8
-            } else if left >= 4 {
-                4
-            } else {
-                1
-            };
-            let mut row = 0;
-            while row < few.few {
-                let rows_left = few.few - row;
-                let x = Rows { ptr: lhs.ptr.wrapping_offset(row as isize * lhs.stride), ..lhs };
-                let dots =
-                    Dots { x, columns, k, out: &mut sums[row * self.width + col..], stride: self.width };
-                // SAFETY: these rows and columns are inside the matrices for all of k.
-                let done = unsafe {
-                    match (group, rows_left) {
-                        (8, 1) => dots.compute::<S, 1, 8>(s),
-                        (8, 2) => dots.in_turns::<S, 2, 4>(s, 2),
-                        (8, 3) => dots.in_turns::<S, 3, 4>(s, 2),
-                        (8, _) => dots.in_turns::<S, 4, 2>(s, 4),
-                        (4, 1) => dots.compute::<S, 1, 4>(s),
-                        (4, 2) => dots.compute::<S, 2, 4>(s),
-                        (4, 3) => dots.compute::<S, 3, 4>(s),
-                        (4, _) => dots.in_turns::<S, 4, 2>(s, 2),
-                        (_, 1) => dots.compute::<S, 1, 1>(s),
-                        (_, 2) => dots.compute::<S, 2, 1>(s),
-                        (_, 3) => dots.compute::<S, 3, 1>(s),
-                        (_, _) => dots.compute::<S, 4, 1>(s),
-                    }
-                };
-                row += done;
-            }
-            col += group;
-        }
-        // SAFETY: the sums are complete.
-        unsafe { self.write(c, true, true, sums, turned) };
     }
 
     /// Hands sums to the epilogue and C.
@@ -348,7 +279,7 @@ impl Strip<'_> {
     /// # Safety
     /// As [`Self::stream`].
     #[inline(always)]
-    unsafe fn write(&self, c: Target, first: bool, last: bool, sums: &[f32], turned: &mut [f32]) {
+    pub(crate) unsafe fn write(&self, c: Target, first: bool, last: bool, sums: &[f32], turned: &mut [f32]) {
         let Product { isa, scale, .. } = *self.few.product;
         let scale = if first { scale } else { Scale { beta: 1.0, ..scale } };
         let finish: &dyn Finish = if last { self.few.product.finish } else { &Identity };
@@ -382,92 +313,5 @@ impl Strip<'_> {
         };
         // SAFETY: rows of both scratches are whole vectors; the block of C is this strip's own.
         unsafe { finish.finish(isa, block) };
-    }
-}
-
-/// Copies `depth` steps of a few rows so that they are contiguous.
-#[inline(always)]
-fn copy_rows(a: Operand, start: usize, few: usize, depth: usize, dst: &mut [f32]) {
-    for i in 0..few {
-        for k in 0..depth {
-            // SAFETY: i and start + k are inside A: its rows and steps of k are what the callers pass.
-            dst[i * depth + k] = unsafe { *a.at(i, start + k) };
-        }
-    }
-}
-
-/// Sums over k of a few rows times a few columns, both contiguous.
-struct Dots<'a> {
-    x: Rows,
-    columns: Rows,
-    k: usize,
-    out: &'a mut [f32],
-    stride: usize,
-}
-
-impl Dots<'_> {
-    /// `times` groups of `Q` columns.
-    ///
-    /// # Safety
-    /// `R` rows of x and `times * Q` columns must be readable for k values.
-    #[inline(always)]
-    unsafe fn in_turns<S: Simd, const R: usize, const Q: usize>(self, s: S, times: usize) -> usize {
-        for turn in 0..times {
-            let part = Dots {
-                columns: Rows {
-                    ptr: self.columns.ptr.wrapping_offset((turn * Q) as isize * self.columns.stride),
-                    ..self.columns
-                },
-                out: &mut self.out[turn * Q..],
-                ..self
-            };
-            // SAFETY: a part of what the caller vouches for.
-            unsafe { part.compute::<S, R, Q>(s) };
-        }
-        R
-    }
-
-    /// One group; answers R.
-    ///
-    /// # Safety
-    /// `R` rows of x and `Q` columns must be readable for k values.
-    #[inline(always)]
-    unsafe fn compute<S: Simd, const R: usize, const Q: usize>(self, s: S) -> usize {
-        let mut acc = [[s.zero(); Q]; R];
-        let whole = self.k - self.k % S::LANES;
-        for k in (0..whole).step_by(S::LANES) {
-            let mut y = [s.zero(); Q];
-            for (q, y) in y.iter_mut().enumerate() {
-                // SAFETY: column q < Q has LANES values from k on.
-                *y = unsafe { s.load_ptr(self.columns.ptr.offset(q as isize * self.columns.stride).add(k)) };
-            }
-            for (r, sums) in acc.iter_mut().enumerate() {
-                // SAFETY: row r < R has LANES values from k on.
-                let x = unsafe { s.load_ptr(self.x.ptr.offset(r as isize * self.x.stride).add(k)) };
-                for (sum, &y) in sums.iter_mut().zip(&y) {
-                    *sum = s.mul_add(x, y, *sum);
-                }
-            }
-        }
-        let rest = self.k - whole;
-        for (r, sums) in acc.iter_mut().enumerate() {
-            for (q, sum) in sums.iter_mut().enumerate() {
-                if rest > 0 {
-                    // SAFETY: `rest` values are left in row r and column q.
-                    let (x, y) = unsafe {
-                        (
-                            s.load_partial(self.x.ptr.offset(r as isize * self.x.stride).add(whole), rest),
-                            s.load_partial(
-                                self.columns.ptr.offset(q as isize * self.columns.stride).add(whole),
-                                rest,
-                            ),
-                        )
-                    };
-                    *sum = s.mul_add(x, y, *sum);
-                }
-                self.out[r * self.stride + q] = s.reduce_add(*sum);
-            }
-        }
-        R
     }
 }

@@ -19,7 +19,7 @@
 //! - Operands: [`MatRef`], [`MatMut`] (`matrix.rs`), [`PackedRhs`] (`packed.rs`), [`BatchRef`], [`BatchMut`].
 //! - The five loops, outermost first: `driver.rs` (tasks, blocks of k and of rows), `block.rs` (panels and tiles),
 //!   [`for_row_tiles`] (`row_tiles.rs`, the cut into tiles), [`tile`](mod@tile) (registers). Block sizes: `params.rs` from the caches ([`CacheInfo`]); tile shapes: `shapes.rs`.
-//! - Few rows or columns: `gemv.rs`.
+//! - Few rows or columns: `gemv.rs` (the choice, tasks), `stream.rs`, `dots.rs`.
 //! - Copies in the tile's order: [`pack_lhs`], [`pack_rhs`]; what happens to sums: `writeback.rs`, [`Epilogue`].
 //! - Threads: `parallel.rs`; memory: [`AlignedBuf`], [`with_scratch`],
 //!   [`prefer_huge_pages`].
@@ -29,6 +29,7 @@
 mod batched;
 mod block;
 mod cache;
+mod dots;
 mod driver;
 mod epilogue;
 mod error;
@@ -45,6 +46,7 @@ mod params;
 mod row_tiles;
 mod scratch;
 mod shapes;
+mod stream;
 pub mod tile;
 mod writeback;
 

@@ -112,6 +112,40 @@ fn one_matrix_serves_the_whole_batch() {
     assert_close(&c, &expected, "a folded batch");
 }
 
+/// So many vectors times one large matrix that the sums of parts of k are kept for some of them at a time.
+#[test]
+fn many_vectors_times_a_large_matrix() {
+    let (k, n, count) = (600_001, 2, 70);
+    let mut rng = Rng::new(5);
+    let mut make = |len: usize| (0..len).map(|_| rng.value()).collect::<Vec<f32>>();
+    // Each vector begins one value after the one before.
+    let (a, b) = (make(k + count - 1), make(k * n));
+    let axes = |stride| BatchAxes::new(&[count], &[stride]).expect("axes");
+    for isa in Isa::available() {
+        let spec = GemmSpec { isa: Some(isa), ..Default::default() };
+        let mut c = vec![f32::NAN; count * n];
+        gemm_batched(
+            BatchRef::from_slice(&a, 0, axes(1), (1, k, k as isize, 1)).expect("a"),
+            BatchRef::from_slice(&b, 0, axes(0), (k, n, n as isize, 1)).expect("b"),
+            &mut BatchMut::from_slice(&mut c, 0, axes(n as isize), (1, n, n as isize, 1)).expect("c"),
+            &spec,
+        )
+        .expect("a product");
+        for (i, row) in c.chunks_exact(n).enumerate() {
+            let a = Matrix::filled(Layout::RowMajor, 1, k, {
+                let mut values = a[i..].iter().copied();
+                move || values.next().expect("a value")
+            });
+            let b = MatRef::from_slice(&b, k, n).expect("b");
+            let none = Matrix::filled(Layout::RowMajor, 1, n, || 0.0);
+            let mut values = row.iter().copied();
+            let got = Matrix::filled(Layout::RowMajor, 1, n, || values.next().expect("a value"));
+            let expected = reference(a.view(), b, none.view(), &spec);
+            assert_close(&got, &expected, &format!("vector {i}, {}", isa.kind().name()));
+        }
+    }
+}
+
 #[test]
 fn packed_is_the_same_to_the_bit_and_serves_many_threads() {
     for isa in Isa::available() {

@@ -55,6 +55,29 @@ fn sizes_around_the_blocks() {
     }
 }
 
+/// One and two rows (or columns) times a matrix that is read from memory: k is cut into parts, and six rows of a part are
+/// read side by side. Columns around panels and strips, parts of any length, the last shorter than six.
+#[test]
+fn large_matrix_and_few_rows() {
+    for isa in Isa::available() {
+        let nr = KernelShape::of(isa).nr;
+        let spec = GemmSpec { alpha: 0.7, beta: -0.5, isa: Some(isa), ..Default::default() };
+        for (m, k, n) in [
+            (1, 1024, 1024),
+            (2, 515, 2048 + nr + 1),
+            (1, 256, 4096 + 1),
+            (1, 257, 4096 - 1),
+            (2, 3, 350_001),
+            (1, 600_001, 2),
+            (3, 600, 2000),
+        ] {
+            check(ROW, (m, k, n), &spec, isa.kind().name());
+            check([Layout::Strided, Layout::UpsideDown, Layout::ColMajor], (m, k, n), &spec, "strided");
+        }
+        check([Layout::ColMajor, Layout::RowMajor, Layout::Sub], (1100, 1000, 2), &spec, isa.kind().name());
+    }
+}
+
 #[test]
 fn every_layout() {
     for isa in Isa::available() {

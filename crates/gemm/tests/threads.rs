@@ -13,9 +13,15 @@ fn bits_do_not_depend_on_the_number_of_threads() {
         .into();
     let mut rng = Rng::new(1);
     for isa in Isa::available() {
-        for (m, k, n) in
-            [(200, 300, 250), (1, 700, 900), (900, 700, 1), (7, 1000, 1200), (40, 2000, 40), (600, 64, 600)]
-        {
+        for (m, k, n) in [
+            (200, 300, 250),
+            (1, 700, 900),
+            (900, 700, 1),
+            (2, 1300, 1100),
+            (7, 1000, 1200),
+            (40, 2000, 40),
+            (600, 64, 600),
+        ] {
             for b_layout in [Layout::RowMajor, Layout::ColMajor, Layout::Strided] {
                 let a = Matrix::random(Layout::RowMajor, m, k, &mut rng);
                 let b = Matrix::random(b_layout, k, n, &mut rng);
