@@ -268,7 +268,7 @@ pub fn gemm_batched(
         m,
         k,
         n,
-        batch,
+        batch: &batch,
         a: Operand::new(&a.first),
         b: Weights::View(Operand::new(&b.first)),
         c: Target { row_stride: c.row_stride(), col_stride: c.col_stride(), ptr: c.as_mut_ptr() },

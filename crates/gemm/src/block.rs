@@ -10,6 +10,8 @@
 //! Rows that do not fill a tile are computed by the same tile with fewer rows, a constant in the type, so that A can be
 //! read in place without a look past its end; columns that do not fill a vector are computed on zeros and not stored.
 
+use core::mem::MaybeUninit;
+
 use qkv_simd::{Isa, Simd};
 
 use crate::pack::{Source, pack_rhs_raw};
@@ -120,7 +122,8 @@ pub(crate) unsafe fn macro_kernel<S: Simd, A: LhsBlock, const MR: usize, const N
 ) {
     let nr = NV * S::LANES;
     debug_assert!(MR * nr <= LARGEST_TILE);
-    let mut spill = [0.0f32; LARGEST_TILE];
+    // Not initialised: that would cost a tenth of a small product.
+    let mut spill = [MaybeUninit::<f32>::uninit(); LARGEST_TILE];
     let full_first = next_rows(job.rows, MR, A::ANY_ROW) == MR;
     for (panel, col) in (0..job.cols).step_by(nr).enumerate() {
         let cols = (job.cols - col).min(nr);
@@ -225,7 +228,7 @@ unsafe fn emit<S: Simd, const R: usize, const NV: usize>(
     job: &Job<'_>,
     (row, col, cols): (usize, usize, usize),
     c: Target,
-    spill: &mut [f32; LARGEST_TILE],
+    spill: &mut [MaybeUninit<f32>; LARGEST_TILE],
 ) {
     let nr = NV * S::LANES;
     let (batch, row0, col0) = job.place;
@@ -241,13 +244,15 @@ unsafe fn emit<S: Simd, const R: usize, const NV: usize>(
         }
         Leave::ThroughL1(finish) => finish,
     };
+    let spill = spill.as_mut_ptr().cast::<f32>();
     for (i, vectors) in acc.into_iter().enumerate() {
         for (v, sum) in vectors.into_iter().enumerate() {
-            s.store(sum, &mut spill[i * nr + v * S::LANES..]);
+            // SAFETY: the largest tile has room for R rows of NV vectors.
+            unsafe { s.store_ptr(sum, spill.add(i * nr + v * S::LANES)) };
         }
     }
     let place = (batch, row0 + row, col0 + col);
-    let block = Block { sums: spill.as_ptr(), stride: nr, rows: R, cols, scale: job.scale, c, place };
+    let block = Block { sums: spill, stride: nr, rows: R, cols, scale: job.scale, c, place };
     // SAFETY: the sums were written above to whole vectors; C as before.
     unsafe { finish.finish(job.isa, block) };
 }

@@ -23,7 +23,7 @@ use crate::epilogue::Identity;
 use crate::pack::{Source, copy_rows_raw, pack_lhs_raw, pack_rhs_raw};
 use crate::packed::PackedRhs;
 use crate::parallel::{Tasks, run_inline, run_tasks};
-use crate::params::{Blocking, Plan, Shape};
+use crate::params::{Blocking, Plan, Shape, pieces};
 use crate::scratch::with_scratch;
 use crate::shapes::{KernelShape, TileOp, with_tile};
 use crate::tile::{Columns, Rows};
@@ -98,7 +98,7 @@ pub(crate) struct Product<'a> {
     pub(crate) m: usize,
     pub(crate) k: usize,
     pub(crate) n: usize,
-    pub(crate) batch: Batch,
+    pub(crate) batch: &'a Batch,
     pub(crate) a: Operand,
     pub(crate) b: Weights<'a>,
     pub(crate) c: Target,
@@ -111,22 +111,18 @@ pub(crate) struct Product<'a> {
 unsafe impl Sync for Product<'_> {}
 
 impl<'a> Product<'a> {
-    /// The same product for one matrix of the batch.
+    /// A, B and C of one matrix of the batch.
     #[inline]
-    pub(crate) fn single(&self, index: usize) -> Self {
+    pub(crate) fn operands(&self, index: usize) -> (Operand, Weights<'a>, Target) {
         if self.batch.rank == 0 {
-            return *self;
+            return (self.a, self.b, self.c);
         }
         let [a, b, c] = self.batch.offsets(index);
-        Self {
-            a: self.a.moved(a),
-            b: match self.b {
-                Weights::View(view) => Weights::View(view.moved(b)),
-                packed => packed,
-            },
-            c: Target { ptr: self.c.ptr.wrapping_offset(c), ..self.c },
-            ..*self
-        }
+        let weights = match self.b {
+            Weights::View(view) => Weights::View(view.moved(b)),
+            packed => packed,
+        };
+        (self.a.moved(a), weights, Target { ptr: self.c.ptr.wrapping_offset(c), ..self.c })
     }
 
     /// How the sums of a block of k leave: with the epilogue in the last block only, through L1 where they must.
@@ -182,8 +178,8 @@ pub(crate) fn run(product: &Product<'_>, blocking: Option<Blocking>) {
     let grid = Grid {
         plan: &plan,
         reading,
-        strips: n.div_ceil(nc),
-        ranges: m.div_ceil(rows),
+        strips: pieces(n, nc),
+        ranges: pieces(m, rows),
         b_len: match product.b {
             Weights::Packed(_) => 0,
             Weights::View(_) if pack_b => nc.min(n).next_multiple_of(nr) * kc.min(k),
@@ -195,7 +191,7 @@ pub(crate) fn run(product: &Product<'_>, blocking: Option<Blocking>) {
             Reading::Panels => mc.min(m).next_multiple_of(mr) * kc.min(k),
         },
     };
-    let tasks = batch.count.div_ceil(plan.batches) * grid.strips * grid.ranges;
+    let tasks = pieces(batch.count, plan.batches) * grid.strips * grid.ranges;
     let worker = |tasks: &Tasks<'_>| {
         with_scratch(grid.b_len + grid.a_len, |scratch| {
             with_tile(isa, Worker { product, grid: &grid, tasks, scratch });
@@ -252,8 +248,12 @@ impl TileOp for Worker<'_> {
             let (group, strip) = (task / strips, task % strips);
             let (col, row) = (strip * plan.blocking.nc, range * plan.blocking.rows);
             for batch in group * plan.batches..self.product.batch.count.min((group + 1) * plan.batches) {
+                let (a, b, c) = self.product.operands(batch);
                 let part = Part {
-                    product: self.product.single(batch),
+                    product: self.product,
+                    a,
+                    b,
+                    c,
                     blocking: plan.blocking,
                     reading: self.grid.reading,
                     batch,
@@ -271,7 +271,10 @@ impl TileOp for Worker<'_> {
 
 /// A block of C with all of k: what a task computes.
 struct Part<'a> {
-    product: Product<'a>,
+    product: &'a Product<'a>,
+    a: Operand,
+    b: Weights<'a>,
+    c: Target,
     blocking: Blocking,
     reading: Reading,
     batch: usize,
@@ -293,7 +296,7 @@ impl Part<'_> {
         b_scratch: &mut [f32],
         a_scratch: &mut [f32],
     ) {
-        let p = &self.product;
+        let p = self.product;
         let Blocking { kc, mc, .. } = self.blocking;
         let mut start = 0;
         // At least one turn: with k = 0, C is still scaled and goes through the epilogue.
@@ -311,19 +314,20 @@ impl Part<'_> {
                     cols: self.cols,
                     depth,
                     scale,
-                    c: p.c.at(row, self.col),
+                    c: self.c.at(row, self.col),
                     leave: p.leave(last),
                     place: (self.batch, row, self.col),
                 };
-                let ptr = p.a.at(row, start);
-                let source = Source { ptr, across_stride: p.a.row_stride, depth_stride: p.a.col_stride };
+                let ptr = self.a.at(row, start);
+                let source =
+                    Source { ptr, across_stride: self.a.row_stride, depth_stride: self.a.col_stride };
                 let copy = a_scratch.as_mut_ptr();
                 // SAFETY: the job's rows and steps of k are inside A; `rhs` covers its columns; its block of C is the
                 // part's own; the scratch holds the copied block.
                 unsafe {
                     match self.reading {
                         Reading::Rows => {
-                            let rows = Rows { ptr, stride: p.a.row_stride };
+                            let rows = Rows { ptr, stride: self.a.row_stride };
                             macro_kernel::<S, _, MR, NV>(s, rows, rhs, &job);
                         }
                         Reading::CopiedRows => {
@@ -333,7 +337,7 @@ impl Part<'_> {
                             macro_kernel::<S, _, MR, NV>(s, rows, rhs, &job);
                         }
                         Reading::Columns => {
-                            let columns = Columns { ptr, stride: p.a.col_stride };
+                            let columns = Columns { ptr, stride: self.a.col_stride };
                             macro_kernel::<S, _, MR, NV>(s, columns, rhs, &job);
                         }
                         Reading::Panels => {
@@ -365,7 +369,7 @@ impl Part<'_> {
         scratch: &mut [f32],
     ) -> RhsPanels {
         let nr = NV * S::LANES;
-        let b = match self.product.b {
+        let b = match self.b {
             Weights::View(b) => b,
             Weights::Packed(packed) => {
                 let ptr = packed.panel(start, depth, self.col / nr);

@@ -190,8 +190,18 @@ fn single(
 ) {
     let (m, k) = (a.rows(), a.cols());
     let c = Target { row_stride: c.row_stride(), col_stride: c.col_stride(), ptr: c.as_mut_ptr() };
-    let product =
-        Product { isa, m, k, n, batch: Batch::ONE, a: Operand::new(&a), b, c, scale: scale(spec, k), finish };
+    let product = Product {
+        isa,
+        m,
+        k,
+        n,
+        batch: &Batch::ONE,
+        a: Operand::new(&a),
+        b,
+        c,
+        scale: scale(spec, k),
+        finish,
+    };
     compute(&product, spec.blocking);
 }
 

@@ -269,9 +269,9 @@ impl Strip<'_> {
     /// The operands of this matrix of the batch.
     #[inline(always)]
     pub(crate) fn operands(&self) -> (Operand, Operand, Target) {
-        let single = self.few.product.single(self.batch);
-        let Weights::View(b) = single.b else { return (self.few.a, self.few.b, single.c) };
-        if self.few.transposed { (b.t(), single.a.t(), single.c) } else { (single.a, b, single.c) }
+        let (a, b, c) = self.few.product.operands(self.batch);
+        let Weights::View(b) = b else { return (self.few.a, self.few.b, c) };
+        if self.few.transposed { (b.t(), a.t(), c) } else { (a, b, c) }
     }
 
     /// Hands sums to the epilogue and C.
