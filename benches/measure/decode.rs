@@ -71,7 +71,7 @@ fn step(
             let config = PagedCacheConfig::new(pages, 16, kv_heads, dim, dim).with_storage(storage);
             let mut cache = PagedCache::new(config)?;
             let ids: Vec<_> = (0..batch).map(|_| cache.create()).collect();
-            // Token by token over the batch, so that the pages of a sequence are not neighbours.
+            // Token by token over the batch, as sequences grow that are decoded together.
             for at in (0..keys).step_by(16) {
                 for (i, &id) in ids.iter().enumerate() {
                     let part = |x: &Tensor| {

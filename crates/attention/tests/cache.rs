@@ -455,7 +455,8 @@ fn pages_are_shared_until_they_differ() {
     let second = cache.fork(first).unwrap();
     assert_eq!((0..4).map(|page| cache.sharers(page)).collect::<Vec<_>>(), [2, 2, 2, 0]);
     append(&mut cache, second, 1, 3).unwrap();
-    assert_eq!(cache.pages_of(second), Ok(&[0, 1, 3][..]));
+    // Between what the first may grow into and its own room.
+    assert_eq!(cache.pages_of(second), Ok(&[0, 1, 4][..]));
     assert_eq!(cache.sharers(2), 1);
     // The other's last page is its own again, so it goes on in place.
     append(&mut cache, first, 2, 5).unwrap();
@@ -464,7 +465,7 @@ fn pages_are_shared_until_they_differ() {
     cache.truncate(second, 6).unwrap();
     assert_eq!((cache.pages_of(second), cache.free_pages()), (Ok(&[0, 1][..]), 4));
     append(&mut cache, second, 1, 7).unwrap();
-    assert_eq!(cache.pages_of(second), Ok(&[0, 3][..]));
+    assert_eq!(cache.pages_of(second), Ok(&[0, 4][..]));
     // At the end of a page nothing is copied.
     cache.truncate(second, 4).unwrap();
     append(&mut cache, second, 4, 9).unwrap();
@@ -473,7 +474,7 @@ fn pages_are_shared_until_they_differ() {
     let view = cache.view(&[second, first, second]).unwrap();
     let paged = view.as_ref();
     assert_eq!(paged.lengths, [8, 12, 8]);
-    assert_eq!(paged.tables, [&[0, 3][..], &[0, 1, 2], &[0, 3]]);
+    assert_eq!(paged.tables, [&[0, 4][..], &[0, 1, 2], &[0, 4]]);
     assert_eq!((paged.keys.shape(), paged.values.shape()), ([7, 1, 4, 2], [7, 1, 4, 3]));
 
     // 13 tokens need 4 pages, of which 3 are free.
@@ -512,4 +513,66 @@ fn a_copy_for_an_append_that_is_refused_is_no_copy() {
     let batch = random([2, 2, 1, 4], 1);
     let error = cache.append(second, batch.view(), batch.view()).unwrap_err();
     assert_eq!(error.to_string(), "key: batch is 2, expected 1");
+}
+
+/// Pages of a sequence follow each other in memory as long as there is room, whoever else grows in between.
+#[test]
+fn sequences_that_grow_in_turns_keep_their_pages_together() {
+    for (sequences, each) in [(1, 64), (2, 32), (8, 8), (16, 4), (64, 1)] {
+        let mut cache = PagedCache::new(PagedCacheConfig::new(64, 2, 1, 2, 2)).unwrap();
+        let token = random([1, 1, 1, 2], 1);
+        for _ in 0..3 {
+            let ids: Vec<_> = (0..sequences).map(|_| cache.create()).collect();
+            for _ in 0..2 * each {
+                for &id in &ids {
+                    cache.append(id, token.view(), token.view()).unwrap();
+                }
+            }
+            assert_eq!(cache.free_pages(), 0);
+            for &id in &ids {
+                let pages = cache.pages_of(id).unwrap();
+                assert_eq!(pages.len(), each);
+                assert!(pages.windows(2).all(|pair| pair[1] == pair[0] + 1), "{sequences}: {pages:?}");
+            }
+            ids.into_iter().rev().for_each(|id| cache.free(id).unwrap());
+            assert_eq!(cache.free_pages(), 64);
+        }
+    }
+    // A prompt that no gap holds takes the largest first.
+    let mut cache = PagedCache::new(PagedCacheConfig::new(10, 1, 1, 2, 2)).unwrap();
+    let tokens = |count| random([1, 1, count, 2], 1);
+    let ids: Vec<_> = (0..10).map(|_| cache.create()).collect();
+    let mut holder = vec![None; 10];
+    for &id in &ids {
+        cache.append(id, tokens(1).view(), tokens(1).view()).unwrap();
+        holder[cache.pages_of(id).unwrap()[0] as usize] = Some(id);
+    }
+    for page in [1, 3, 4, 6, 7, 8] {
+        cache.free(holder[page].unwrap()).unwrap();
+    }
+    let long = cache.create();
+    cache.append(long, tokens(5).view(), tokens(5).view()).unwrap();
+    assert_eq!(cache.pages_of(long).unwrap(), [6, 7, 8, 3, 4]);
+    assert_eq!(
+        cache.append(long, tokens(2).view(), tokens(2).view()),
+        Err(CacheError::PoolFull { needed: 2, free: 1 })
+    );
+    cache.append(long, tokens(1).view(), tokens(1).view()).unwrap();
+    assert_eq!(cache.pages_of(long).unwrap(), [6, 7, 8, 3, 4, 1]);
+}
+
+#[test]
+fn pages_come_back_where_the_callers_code_panics() {
+    let mut cache = PagedCache::new(PagedCacheConfig::new(9, 2, 1, 2, 2)).unwrap();
+    let id = cache.create();
+    let tokens = random([1, 1, 5, 2], 1);
+    cache.append(id, tokens.view(), tokens.view()).unwrap();
+    let call = std::panic::AssertUnwindSafe(|| {
+        let prepare = |position, _: &mut [f32]| assert!(position < 8, "position {position}");
+        cache.append_with(id, tokens.view(), tokens.view(), prepare)
+    });
+    assert!(std::panic::catch_unwind(call).is_err());
+    assert_eq!((cache.free_pages(), cache.len(id), cache.pages_of(id).unwrap().len()), (6, Ok(5), 3));
+    cache.append(id, tokens.view(), tokens.view()).unwrap();
+    assert_eq!((cache.free_pages(), cache.len(id)), (4, Ok(10)));
 }

@@ -9,6 +9,7 @@
 
 mod contiguous;
 mod error;
+mod free_pages;
 mod paged;
 mod pool;
 mod slab;

@@ -14,6 +14,7 @@ use core::fmt;
 
 use super::{
     AsIs, CacheError, Layout, Rows, Storage,
+    free_pages::FreePages,
     slab::{Slab, filled},
 };
 use crate::{Argument, Data, PagedRef};
@@ -97,8 +98,8 @@ pub struct PagedCache {
     values: Slab,
     /// How many sequences hold each page.
     references: Vec<usize>,
-    /// Pages without references; the last is used first.
-    free: Vec<u32>,
+    /// Pages without references.
+    free: FreePages,
     places: Vec<Place>,
     /// Places without a sequence.
     vacant: Vec<usize>,
@@ -120,9 +121,8 @@ impl PagedCache {
         let too_large = CacheError::TooLarge { argument: "pages", shape };
         let count = u32::try_from(pages).map_err(|_| too_large.clone())?;
         let (keys, values) = layout.slabs(pages, page_size)?;
-        let references = filled(pages).ok_or(too_large.clone())?;
-        let mut free = filled(pages).ok_or(too_large)?;
-        free.iter_mut().zip((0..count).rev()).for_each(|(free, page)| *free = page);
+        let references = filled(pages).ok_or(too_large)?;
+        let free = FreePages::all(count);
         Ok(Self { config, keys, values, references, free, places: Vec::new(), vacant: Vec::new() })
     }
 
@@ -147,7 +147,7 @@ impl PagedCache {
     /// Pages that no sequence holds.
     #[must_use]
     pub fn free_pages(&self) -> usize {
-        self.free.len()
+        self.free.count()
     }
 
     /// Bytes of all pages, used or not.
@@ -294,11 +294,10 @@ impl PagedCache {
 
     /// Gives up one reference to each page.
     fn release(&mut self, pages: &[u32]) {
-        // The last first, so that the pages of one sequence are handed out again in their order.
-        for &page in pages.iter().rev() {
+        for &page in pages {
             self.references[page as usize] -= 1;
             if self.references[page as usize] == 0 {
-                self.free.push(page);
+                self.free.give(page);
             }
         }
     }
@@ -324,18 +323,20 @@ impl PagedCache {
         // the first.
         let kept = pages.len() - usize::from(shared.is_some());
         let needed = length.saturating_add(new).div_ceil(page_size) - kept;
-        let Some(left) = self.free.len().checked_sub(needed) else {
-            return Err(CacheError::PoolFull { needed, free: self.free.len() });
+        let last = kept.checked_sub(1).map(|last| pages[last]);
+        let free = self.free.count();
+        let Some(taken) = self.free.take(needed, last) else {
+            return Err(CacheError::PoolFull { needed, free });
         };
 
-        // Until all rows are stored nothing but free pages and the spare rows of the last page is written.
-        let Self { keys, values, free, .. } = self;
-        let Some(Sequence { pages, .. }) = &self.places[id.index].sequence else {
+        // Until all rows are stored nothing but the taken pages and the spare rows of the last page is written.
+        let Self { keys, values, references, places, .. } = self;
+        let Some(sequence) = &mut places[id.index].sequence else {
             return Err(CacheError::Stale { given: id });
         };
         let page = |index: usize| match index.checked_sub(kept) {
-            None => pages[index] as usize,
-            Some(taken) => free[free.len() - 1 - taken] as usize,
+            None => sequence.pages[index] as usize,
+            Some(index) => taken.pages()[index] as usize,
         };
         if let Some(shared) = shared {
             for head in 0..kv_heads {
@@ -353,16 +354,15 @@ impl PagedCache {
         rows(Argument::Key, &k).store(keys, &mut prepare, target)?;
         rows(Argument::Value, &v).store(values, &mut None::<AsIs>, target)?;
 
-        if let Some(Sequence { pages, length }) = &mut self.places[id.index].sequence {
-            pages.truncate(kept);
-            pages.extend(self.free.drain(left..).rev());
-            for &page in &pages[kept..] {
-                self.references[page as usize] = 1;
-            }
-            *length += new;
+        let taken = taken.keep();
+        for &page in &taken {
+            references[page as usize] = 1;
         }
+        sequence.pages.truncate(kept);
+        sequence.pages.extend(taken);
+        sequence.length += new;
         if let Some(shared) = shared {
-            self.references[shared as usize] -= 1;
+            references[shared as usize] -= 1;
         }
         Ok(())
     }
