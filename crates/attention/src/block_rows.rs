@@ -101,8 +101,12 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 kind
             }
             _ => {
-                let row = block.row(keys.start - self.block.start).cast();
-                runs.push(RowRun::new(row, block.stride * size_of::<f32>() as isize, keys.len()));
+                let most = RowRun::most(dim * size_of::<f32>());
+                for at in (0..keys.len()).step_by(most) {
+                    let first = block.row(keys.start - self.block.start + at).cast();
+                    let stride = block.stride * size_of::<f32>() as isize;
+                    runs.push(RowRun::new(first, stride, most.min(keys.len() - at)));
+                }
                 RowKind::F32
             }
         };

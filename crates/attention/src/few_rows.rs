@@ -197,12 +197,12 @@ fn ask<S: Simd, T>(s: S, at: *const T, count: usize) {
     }
 }
 
-/// Whether a kernel asks for what follows a run. For one query row only where it lies elsewhere: there is next to no work, and
-/// the hardware's own streams are quicker. From memory, f32, dim 128, two threads on Zen 4, 32 heads over 32: 0.94 of the time that
-/// asking for all takes (0.88 in bf16); for four query rows, asking and not asking lie within 2 %.
+/// Whether a kernel asks for what follows a run. Where a line is little work, for one query row and in f32 for two, only if it
+/// lies elsewhere: the hardware's own streams are quicker. From memory, dim 128, one thread on Zen 4, of the time that asking for
+/// all takes: f32 with one query row 0.83, with two 0.81, with four within 2 %; bf16 with two 1.21.
 #[inline(always)]
-fn asks<const R: usize>(run: &RowRun) -> bool {
-    R > 1 || !run.goes_on
+fn asks<T, const R: usize>(run: &RowRun) -> bool {
+    R > if size_of::<T>() == size_of::<f32>() { 2 } else { 1 } || !run.goes_on
 }
 
 /// [`FewScores`] of a type, `R` query rows, `KEYS` keys at a time.
@@ -248,7 +248,7 @@ unsafe fn scores_of_run<S: Simd, T: Element, const R: usize, const KEYS: usize>(
     scores: &mut [f32],
     stride: usize,
 ) {
-    let (mut row, (mut next, next_stride), asks) = (run.first, run.ahead, asks::<R>(run));
+    let (mut row, (mut next, next_stride), asks) = (run.first, run.ahead, asks::<T, R>(run));
     for first in (0..run.count).step_by(KEYS) {
         let mut acc = [[s.zero(); R]; KEYS];
         // Written out: in a loop the sums would go through the stack.
@@ -445,7 +445,7 @@ impl FewSums<'_> {
         let mut first = keys.start;
         while let Some(run) = cursor.take(first..keys.end) {
             let weights = self.weights[first * self.stride..].chunks_exact(self.stride);
-            let (mut row, (mut next, next_stride), asks) = (run.first, run.ahead, asks::<R>(&run));
+            let (mut row, (mut next, next_stride), asks) = (run.first, run.ahead, asks::<T, R>(&run));
             for (j, weights) in (first..first + run.count).zip(weights) {
                 let here = row.cast::<T>();
                 if asks {

@@ -284,6 +284,10 @@ fn a_cache_of_many_pages_of_memory_and_its_copy_hold_what_was_appended() {
     assert!(matches!(cache.values(), Data::F32(x) if x.shape()[2] == 0));
     cache.append(k.view(), v.view()).expect("it fits");
     let copy = cache.clone();
+    for data in [cache.keys(), cache.values(), copy.keys(), copy.values()] {
+        let Data::F32(rows) = data else { panic!("{}", data.type_name()) };
+        assert_eq!(rows.row(0, 0, 0).as_ptr().addr() % 64, 0, "rows begin with a line");
+    }
     cache.reset();
     for (data, from) in [(copy.keys(), &k), (copy.values(), &v)] {
         for head in 0..heads {

@@ -10,39 +10,59 @@ use core::ops::{Deref, DerefMut};
 
 use qkv_gemm::prefer_huge_pages;
 
-/// Values whose number does not change.
-pub(super) struct Pool<T>(Vec<T>);
+use crate::ahead::LINE;
+
+/// Values whose number does not change, the first of them at the beginning of a line of the processor's cache, where an
+/// allocation seldom is: every vector of AVX-512 would straddle two lines. Two threads on Zen 4, f32, dim 128, against 16 bytes
+/// into a line: 64 heads over 8 from memory 0.86 of the time, 32 over 8 from L2 0.94.
+pub(super) struct Pool<T> {
+    memory: Vec<T>,
+    /// Values before the first line.
+    skip: usize,
+    count: usize,
+}
 
 impl<T: Copy + Default> Pool<T> {
     /// Zeros, or None where the memory cannot be had.
     pub(super) fn zeros(count: usize) -> Option<Self> {
-        let mut values = Vec::new();
-        values.try_reserve_exact(count).ok()?;
-        prefer_huge_pages(values.spare_capacity_mut());
-        values.resize(count, T::default());
-        Some(Self(values))
+        let mut memory = Vec::new();
+        memory.try_reserve_exact(count.checked_add(Self::SPARE)?).ok()?;
+        let skip = Self::start(&mut memory);
+        memory.resize(skip + count, T::default());
+        Some(Self { memory, skip, count })
+    }
+
+    /// Values of a line, of which it may take all but one to get to the next.
+    const SPARE: usize = LINE / size_of::<T>();
+
+    /// Asks for huge pages for memory that nothing has been written to, and says where its first line begins.
+    fn start(memory: &mut Vec<T>) -> usize {
+        let spare = memory.spare_capacity_mut();
+        prefer_huge_pages(spare);
+        (spare.as_ptr().addr().next_multiple_of(LINE) - spare.as_ptr().addr()) / size_of::<T>()
     }
 }
 
-impl<T: Copy> Clone for Pool<T> {
+impl<T: Copy + Default> Clone for Pool<T> {
     fn clone(&self) -> Self {
-        let mut values = Vec::with_capacity(self.len());
-        prefer_huge_pages(values.spare_capacity_mut());
-        values.extend_from_slice(self);
-        Self(values)
+        let mut memory = Vec::with_capacity(self.count + Self::SPARE);
+        let skip = Self::start(&mut memory);
+        memory.resize(skip, T::default());
+        memory.extend_from_slice(self);
+        Self { memory, skip, count: self.count }
     }
 }
 
 impl<T> Deref for Pool<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        &self.0
+        &self.memory[self.skip..][..self.count]
     }
 }
 
 impl<T> DerefMut for Pool<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.0
+        &mut self.memory[self.skip..][..self.count]
     }
 }
 
