@@ -7,6 +7,7 @@
 //! The storage types of one shape are measured side by side, round by round (see [`crate::measure`]); the limits are
 //! measured before and after each turn.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use qkv::cache::{KvCache, KvCacheConfig, PagedCache, PagedCacheConfig, SequenceId};
@@ -350,7 +351,7 @@ impl Step {
     }
 }
 
-/// A pool whose pages have been handed out in no order, as in one that has been used for a while, and its sequences.
+/// A pool whose pages have been handed out in no order, as in one that has been full for a while, and its sequences.
 fn paged_cache(
     shape: &Shape,
     storage: StorageArg,
@@ -358,35 +359,35 @@ fn paged_cache(
     v: &Tensor,
 ) -> Result<(PagedCache, Vec<SequenceId>), Failure> {
     let &Shape { batch, kv_heads, key_len, key_dim, value_dim, .. } = shape;
-    let pages = batch * key_len.div_ceil(PAGE);
+    let each = key_len.div_ceil(PAGE);
+    let pages = batch * each;
     let config = PagedCacheConfig::new(pages, PAGE, kv_heads, key_dim, value_dim);
     let mut cache = PagedCache::new(config.with_storage(storage.storage()))?;
-    // A sequence for every page, freed in another order: free pages are handed out last in, first out.
-    let mut users = Vec::with_capacity(pages);
+    // Others hold all pages and give them back one by one, each of which is then the only one that is free.
+    let mut others = Vec::with_capacity(pages);
     for _ in 0..pages {
-        let user = cache.create();
-        cache.append(user, part(k, 0, 1)?, part(v, 0, 1)?)?;
-        users.push(user);
+        let other = cache.create();
+        cache.append(other, part(k, 0, 0..1)?, part(v, 0, 0..1)?)?;
+        others.push(other);
     }
     let mut order: Vec<usize> = (0..pages).collect();
     order.sort_by_key(|&page| (page as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15).reverse_bits());
-    for page in order {
-        cache.free(users[page])?;
-    }
-    let mut ids = Vec::with_capacity(batch);
-    for sequence in 0..batch {
-        let id = cache.create();
-        cache.append(id, part(k, sequence, key_len)?, part(v, sequence, key_len)?)?;
-        ids.push(id);
+    let ids: Vec<SequenceId> = (0..batch).map(|_| cache.create()).collect();
+    for (i, &other) in order.iter().enumerate() {
+        cache.free(others[other])?;
+        let (sequence, first) = (i / each, i % each * PAGE);
+        let tokens = first..(first + PAGE).min(key_len);
+        cache.append(ids[sequence], part(k, sequence, tokens.clone())?, part(v, sequence, tokens)?)?;
     }
     Ok((cache, ids))
 }
 
-/// The first tokens of a sequence, as a batch of one.
-fn part(tensor: &Tensor, sequence: usize, length: usize) -> Result<TensorRef<'_>, Failure> {
+/// Some tokens of a sequence, as a batch of one.
+fn part(tensor: &Tensor, sequence: usize, tokens: Range<usize>) -> Result<TensorRef<'_>, Failure> {
     let [_, heads, all, dim] = tensor.shape();
-    let (first, strides) = (sequence * heads * all * dim, [0, (all * dim) as isize, dim as isize, 1]);
-    TensorRef::from_slice_strided(tensor.data(), first, [1, heads, length, dim], strides)
+    let first = (sequence * heads * all + tokens.start) * dim;
+    let strides = [0, (all * dim) as isize, dim as isize, 1];
+    TensorRef::from_slice_strided(tensor.data(), first, [1, heads, tokens.len(), dim], strides)
         .map_err(|error| Failure::new(error.to_string()))
 }
 
