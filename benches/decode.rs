@@ -130,31 +130,33 @@ impl Paged {
     fn new(shape: Shape, storage: Storage, total: usize) -> Result<Self, Box<dyn Error>> {
         let [q, k, v] = inputs(shape)?;
         let Shape { batch, heads, kv_heads, keys, dim } = shape;
-        let pages = batch * keys.div_ceil(PAGE);
+        let each = keys.div_ceil(PAGE);
+        let pages = batch * each;
         let config = PagedCacheConfig::new(pages, PAGE, kv_heads, dim, dim).with_storage(storage);
         let mut cache = PagedCache::new(config)?;
-        let rows = |tensor: &Tensor, sequence: usize, length: usize| {
-            Tensor::from_fn([1, kv_heads, length, dim], |[_, h, j, d]| tensor.view().row(sequence, h, j)[d])
+        let rows = |tensor: &Tensor, sequence: usize, first: usize, length: usize| {
+            Tensor::from_fn([1, kv_heads, length, dim], |[_, h, j, d]| {
+                tensor.view().row(sequence, h, first + j)[d]
+            })
         };
-        // The pages of a pool that has been used for a while are in no order: each gets a sequence, and these are
-        // freed in another order.
-        let token = rows(&k, 0, 1)?;
-        let mut users = Vec::with_capacity(pages);
+        // The pages of a pool that has been full for a while are in no order: others hold all of them and give them
+        // back one by one, each of which is then the only one that is free.
+        let token = rows(&k, 0, 0, 1)?;
+        let mut others = Vec::with_capacity(pages);
         for _ in 0..pages {
-            let user = cache.create();
-            cache.append(user, token.view(), token.view())?;
-            users.push(user);
+            let other = cache.create();
+            cache.append(other, token.view(), token.view())?;
+            others.push(other);
         }
         let mut order: Vec<usize> = (0..pages).collect();
         order.sort_by_key(|&page| (page as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15).reverse_bits());
-        for page in order {
-            cache.free(users[page])?;
-        }
-        let mut sequences = Vec::with_capacity(batch);
-        for sequence in 0..batch {
-            let id = cache.create();
-            cache.append(id, rows(&k, sequence, keys)?.view(), rows(&v, sequence, keys)?.view())?;
-            sequences.push(id);
+        let sequences: Vec<SequenceId> = (0..batch).map(|_| cache.create()).collect();
+        for (i, &other) in order.iter().enumerate() {
+            cache.free(others[other])?;
+            let (sequence, first) = (i / each, i % each * PAGE);
+            let length = PAGE.min(keys - first);
+            let [k, v] = [rows(&k, sequence, first, length)?, rows(&v, sequence, first, length)?];
+            cache.append(sequences[sequence], k.view(), v.view())?;
         }
         let q = Tensor::from_fn([1, heads, batch, dim], |[_, h, i, d]| q.view().row(i, h, 0)[d])?;
         let copies = total.div_ceil(cache.bytes()).max(1);
