@@ -1,6 +1,6 @@
 //! The way in: checks, then the plan, then the tasks.
 
-use qkv_gemm::parallel::{Tasks, run_inline, run_tasks_in_order};
+use qkv_gemm::parallel::{Tasks, company, run_halves, run_inline, run_tasks_in_order};
 use qkv_gemm::with_tile;
 use qkv_simd::Isa;
 
@@ -89,7 +89,8 @@ pub fn attention_with_lse<'a>(
 
 /// [`attention`] into the caller's memory.
 ///
-/// Runs on the current rayon pool, small work on the calling thread alone; the result does not depend on it.
+/// Runs on the current rayon pool, small work on the calling thread, with what else of the pool is awake; the result does not
+/// depend on it.
 ///
 /// # Errors
 /// As [`attention`], and where an output's shape is not that of the result. Nothing is written then.
@@ -170,10 +171,11 @@ pub(crate) fn run<R: ScoreRule>(
             next = with_tile(isa, Prefill { call: &call, task, tasks: Some(tasks) }).or_else(|| tasks.take());
         }
     };
-    if shape.flops(spec.causal) < INLINE_FLOPS {
-        run_inline(call.plan.tasks(), work);
-    } else {
-        run_tasks_in_order(call.plan.tasks(), work);
+    let tasks = call.plan.tasks();
+    match shape.flops(spec.causal) {
+        INLINE_FLOPS.. => run_tasks_in_order(tasks, work),
+        SHARED_FLOPS.. if tasks > 1 && company() => run_halves(tasks, work),
+        _ => run_inline(tasks, work),
     }
     Ok(())
 }
@@ -216,6 +218,9 @@ impl core::fmt::Display for Explanation {
 /// Below this much work another thread is not worth waking: about 15 microseconds of one core, a few times the cost of
 /// a wake-up.
 const INLINE_FLOPS: f64 = 1e6;
+
+/// Below that, but not below this, a thread that is awake anyway is welcome: 2 microseconds of one core.
+const SHARED_FLOPS: f64 = 1.25e5;
 
 /// One sequence per batch.
 pub(crate) fn batches(shape: &Shape, spec: &AttentionSpec<'_>) -> Result<Sequences, AttentionError> {

@@ -21,7 +21,7 @@ use qkv_simd::Simd;
 
 use crate::driver::{Operand, Product, Weights};
 use crate::epilogue::Identity;
-use crate::parallel::{Tasks, run_inline, run_tasks};
+use crate::parallel::{Tasks, company, run_halves, run_inline, run_tasks};
 use crate::params::{KC, block_depth, cores};
 use crate::scratch::{KEPT, with_scratch};
 use crate::shapes::{KernelShape, TileOp, with_tile};
@@ -53,6 +53,9 @@ const WIDE: usize = 4096;
 /// Values of the large matrix below which the work stays on the caller's thread: half a megabyte, which is read from L2
 /// in some 10 microseconds.
 const INLINE: usize = 1 << 17;
+
+/// Values from which on it is shared with a thread that is awake.
+const SHARED: usize = 1 << 15;
 
 /// Most values of the few rows that are copied where they are not contiguous along k.
 const COPY: usize = 1 << 16;
@@ -181,7 +184,11 @@ impl Few<'_> {
             });
         };
         let work = batch.count.saturating_mul(k).saturating_mul(self.many);
-        if work < INLINE { run_inline(count, worker) } else { run_tasks(count, worker) }
+        match work {
+            INLINE.. => run_tasks(count, worker),
+            SHARED.. if count > 1 && company() => run_halves(count, worker),
+            _ => run_inline(count, worker),
+        }
     }
 
     /// Columns per task where k is cut into parts: even strips of at most [`WIDE`] sums.

@@ -21,7 +21,7 @@
 //!   [`for_row_tiles`] (`row_tiles.rs`, the cut into tiles), [`tile`](mod@tile) (registers). Block sizes: `params.rs` from the caches ([`CacheInfo`]); tile shapes: `shapes.rs`.
 //! - Few rows or columns: `gemv.rs` (the choice, tasks), `stream.rs`, `dots.rs`.
 //! - Copies in the tile's order: [`pack_lhs`], [`pack_rhs`]; what happens to sums: `writeback.rs`, [`Epilogue`].
-//! - Threads: `parallel.rs`; memory: [`AlignedBuf`], [`with_scratch`],
+//! - Threads: `parallel.rs`, `helpers.rs`; memory: [`AlignedBuf`], [`with_scratch`],
 //!   [`prefer_huge_pages`].
 //!
 //! The attention crate uses the tile, the panels and the scratch under the contract in `docs/KERNELS.md`.
@@ -35,6 +35,7 @@ mod epilogue;
 mod error;
 mod gemm;
 mod gemv;
+mod helpers;
 mod huge_pages;
 mod matrix;
 #[cfg(feature = "ndarray")]

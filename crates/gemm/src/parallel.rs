@@ -2,18 +2,14 @@
 //!
 //! A computation is a list of tasks whose number follows from its shape alone. Workers take the next task from one
 //! atomic counter, so uneven tasks and busy cores even out by themselves, and nothing that is computed depends on who
-//! took what. The calling thread is one of the workers: `rayon::in_place_scope` stays on it, inside a pool or outside.
+//! took what. The calling thread is one of the workers, inside a pool or outside; outside, the others are helpers that stay
+//! awake for a moment after a call (`helpers.rs`).
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-/// Turns of the waiting loop before a caller whose tasks are all taken leaves the waiting to rayon, and how many of them
-/// only spin.
-///
-/// Rayon blocks a caller from outside the pool on a condition variable, which costs a system call and a wake-up of tens
-/// of microseconds; the other workers finish within one task, a few microseconds. A worker that has no core of its own
-/// needs this one, so after some 7 microseconds of spinning the caller yields it, and after some more blocks.
-const TURNS: usize = 512;
-const SPINS: usize = 256;
+use crate::helpers::{Who, with_helpers};
+
+pub use crate::helpers::company;
 
 /// The tasks that are left, as one worker sees them.
 #[derive(Clone, Copy, Debug)]
@@ -93,27 +89,39 @@ pub fn run_tasks_in_order(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
     run(count, Taker::Start, worker);
 }
 
+/// Runs `worker` for each of `count` tasks, the first half here and the second on a thread that is awake, if one is: for work
+/// so small that nobody is woken for it. Worth asking for where [`company`] said so.
+pub fn run_halves(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
+    let half = count.div_ceil(2);
+    let run = |first: usize, count: usize| {
+        let left = Left::new(count);
+        left.taken.store(first, Ordering::Relaxed);
+        worker(&Tasks { left: &left, taker: Taker::Alone });
+    };
+    // Whether the helper has begun is all that the two have to agree about.
+    if with_helpers(1, Who::Awake, &|| run(half, count), |_| run(0, half)) == 0 {
+        run(half, count);
+    }
+}
+
 fn run(count: usize, others: Taker, worker: impl Fn(&Tasks<'_>) + Sync) {
     let workers = if count <= 1 { 1 } else { rayon::current_num_threads().min(count) };
     if workers <= 1 {
         return run_inline(count, worker);
     }
     let left = Left::new(count);
-    let finished = AtomicUsize::new(1);
-    rayon::in_place_scope(|scope| {
-        for _ in 1..workers {
-            scope.spawn(|_| {
-                worker(&Tasks { left: &left, taker: others });
-                finished.fetch_add(1, Ordering::Release);
-            });
+    let work = |taker| worker(&Tasks { left: &left, taker });
+    with_helpers(workers - 1, Who::All, &|| work(others), |missing| {
+        if missing == 0 {
+            return work(Taker::Start);
         }
-        worker(&Tasks { left: &left, taker: Taker::Start });
-        for turn in 0..TURNS {
-            if finished.load(Ordering::Acquire) == workers {
-                break;
+        // A worker of a pool, which does itself what nobody else begins, or a caller whose helpers are others' at the moment.
+        rayon::in_place_scope(|scope| {
+            for _ in 0..missing {
+                scope.spawn(|_| work(others));
             }
-            if turn < SPINS { core::hint::spin_loop() } else { std::thread::yield_now() }
-        }
+            work(Taker::Start);
+        });
     });
 }
 

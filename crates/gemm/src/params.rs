@@ -23,6 +23,7 @@ use qkv_simd::Isa;
 
 use crate::GemmError;
 use crate::cache::CacheInfo;
+use crate::parallel::company;
 use crate::shapes::KernelShape;
 
 /// Most steps of k per block; k is split into equal blocks of at most this.
@@ -90,13 +91,26 @@ pub(crate) struct Plan {
     pub(crate) blocking: Blocking,
     /// Matrices of the batch per task.
     pub(crate) batches: usize,
-    /// Whether the caller's thread does it alone.
-    pub(crate) inline: bool,
+    pub(crate) threads: Threads,
+}
+
+/// Who computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Threads {
+    /// The caller's alone.
+    Caller,
+    /// The caller's and one that is awake.
+    Awake,
+    /// All.
+    All,
 }
 
 /// Multiply-adds below which a product stays on the caller's thread: 128 cubed is twice this and takes 40 microseconds on
 /// one core, 23 on two. Waking a worker that sleeps takes longer than this takes to compute.
 const INLINE: usize = 1 << 20;
+
+/// Multiply-adds from which on a product that stays on the caller's thread is shared with one that is awake.
+const SHARED: usize = 1 << 16;
 
 /// Multiply-adds that a task should have at least: 5 microseconds.
 const TASK: usize = 1 << 18;
@@ -159,7 +173,7 @@ impl Plan {
             blocking.pack_a |= !(a_rows || a_columns);
             blocking.pack_b |= b_stride.is_none();
             blocking.pack_b &= !b_packed;
-            return Self { blocking, batches: 1, inline: false };
+            return Self { blocking, batches: 1, threads: Threads::All };
         }
         let kc = block_depth(k, KC);
         let in_place = b_stride.is_some_and(|stride| m < ROWS_TO_PACK || fits_in_place(stride, kc));
@@ -181,8 +195,18 @@ impl Plan {
             if parts == 1 { len } else { len.div_ceil(parts) }.next_multiple_of(unit)
         };
         let (mut strips, mut ranges) = (n.div_ceil(NC).max(1), m.div_ceil(ROWS).max(1));
-        let wanted = if work < SMALL { 2 * TASKS_PER_CORE } else { TASKS_PER_CORE } * cores();
-        while batches.saturating_mul(strips * ranges) < wanted && work / (2 * TASK) >= strips * ranges {
+        let threads = match work.saturating_mul(batches) {
+            INLINE.. => Threads::All,
+            SHARED.. if company() => Threads::Awake,
+            _ => Threads::Caller,
+        };
+        let (wanted, task) = match threads {
+            Threads::Caller => (1, TASK),
+            Threads::Awake => (2, SHARED / 2),
+            Threads::All if work < SMALL => (2 * TASKS_PER_CORE * cores(), TASK),
+            Threads::All => (TASKS_PER_CORE * cores(), TASK),
+        };
+        while batches.saturating_mul(strips * ranges) < wanted && work / (2 * task) >= strips * ranges {
             let now = (split(n, strips, nr), split(m, ranges, mr));
             let by_strips = (split(n, 2 * strips, nr), now.1);
             let by_ranges = (now.0, split(m, 2 * ranges, mr));
@@ -197,8 +221,12 @@ impl Plan {
         let (nc, rows) = (split(n, strips, nr), split(m, ranges, mr));
         let mc = split(rows, pieces(rows, rows_per_block()), mr);
         let blocking = Blocking { kc, mc, nc, rows, pack_a, pack_b };
-        let per_task = if batches == 1 { 1 } else { (TASK / work.max(1)).clamp(1, batches.max(1)) };
-        Self { blocking, batches: per_task, inline: work.saturating_mul(batches) < INLINE }
+        let per_task = match (batches, threads) {
+            (0 | 1, _) => 1,
+            (_, Threads::Awake) => batches.div_ceil(2),
+            _ => (TASK / work.max(1)).clamp(1, batches),
+        };
+        Self { blocking, batches: per_task, threads }
     }
 }
 

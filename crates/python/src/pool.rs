@@ -2,7 +2,7 @@
 //!
 //! Without anything asked, rayon's global pool does (its size is `RAYON_NUM_THREADS`, or the CPUs): the caller's thread is
 //! then one of the workers. After `set_num_threads`, and in a child of `fork`, where the global pool's threads do not exist,
-//! a pool of this module does. Small work always stays on the caller's thread.
+//! a pool of this module does. For small work nobody is woken.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,7 +20,7 @@ use crate::options::shown;
 /// Most threads that can be asked for.
 const MOST: usize = 1024;
 
-/// Below this much work the Rust API stays on the caller's thread by itself (attention, see its `forward.rs`).
+/// Below this much work the Rust API wakes nobody (attention, see its `forward.rs`).
 const SMALL: f64 = 1e6;
 
 struct State {
