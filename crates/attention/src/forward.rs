@@ -1,6 +1,6 @@
 //! The way in: checks, then the plan, then the tasks.
 
-use qkv_gemm::parallel::{Tasks, company, run_halves, run_inline, run_tasks_in_order};
+use qkv_gemm::parallel::{Tasks, Threads, run_in_order_by};
 use qkv_gemm::with_tile;
 use qkv_simd::Isa;
 
@@ -172,11 +172,8 @@ pub(crate) fn run<R: ScoreRule>(
         }
     };
     let tasks = call.plan.tasks();
-    match shape.flops(spec.causal) {
-        INLINE_FLOPS.. => run_tasks_in_order(tasks, work),
-        SHARED_FLOPS.. if tasks > 1 && company() => run_halves(tasks, work),
-        _ => run_inline(tasks, work),
-    }
+    let threads = Threads::of(shape.flops(spec.causal), [SHARED_FLOPS, INLINE_FLOPS], tasks);
+    run_in_order_by(threads, tasks, work);
     Ok(())
 }
 

@@ -22,8 +22,8 @@ use crate::block::{Job, Leave, Packed, RhsPanels, macro_kernel};
 use crate::epilogue::Identity;
 use crate::pack::{Source, copy_rows_raw, pack_lhs_raw, pack_rhs_raw};
 use crate::packed::PackedRhs;
-use crate::parallel::{Tasks, run_halves, run_inline, run_tasks};
-use crate::params::{Blocking, Plan, Shape, Threads, pieces};
+use crate::parallel::{Tasks, run_by};
+use crate::params::{Blocking, Plan, Shape, pieces};
 use crate::scratch::with_scratch;
 use crate::shapes::{KernelShape, TileOp, with_tile};
 use crate::tile::{Columns, Rows};
@@ -197,11 +197,7 @@ pub(crate) fn run(product: &Product<'_>, blocking: Option<Blocking>) {
             with_tile(isa, Worker { product, grid: &grid, tasks, scratch });
         });
     };
-    match plan.threads {
-        Threads::Caller => run_inline(tasks, worker),
-        Threads::Awake => run_halves(tasks, worker),
-        Threads::All => run_tasks(tasks, worker),
-    }
+    run_by(plan.threads, tasks, worker);
 }
 
 /// How A is read.

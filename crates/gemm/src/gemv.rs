@@ -21,7 +21,7 @@ use qkv_simd::Simd;
 
 use crate::driver::{Operand, Product, Weights};
 use crate::epilogue::Identity;
-use crate::parallel::{Tasks, company, run_halves, run_inline, run_tasks};
+use crate::parallel::{Tasks, Threads, run_by};
 use crate::params::{KC, block_depth, cores};
 use crate::scratch::{KEPT, with_scratch};
 use crate::shapes::{KernelShape, TileOp, with_tile};
@@ -184,11 +184,7 @@ impl Few<'_> {
             });
         };
         let work = batch.count.saturating_mul(k).saturating_mul(self.many);
-        match work {
-            INLINE.. => run_tasks(count, worker),
-            SHARED.. if count > 1 && company() => run_halves(count, worker),
-            _ => run_inline(count, worker),
-        }
+        run_by(Threads::of(work, [SHARED, INLINE], count), count, worker);
     }
 
     /// Columns per task where k is cut into parts: even strips of at most [`WIDE`] sums.

@@ -3,12 +3,12 @@
 //! Waking a thread that sleeps takes 5 to 50 microseconds, and rayon's threads sleep soon. Products and attention come in
 //! rows, though, one after the other from one thread. So a thread that has helped a caller waits [`LINGER`] at its
 //! [`Place`], looking at one word of memory, and has the next job a tenth of a microsecond after it was put there. (OpenMP's
-//! threads wait in the same way, for milliseconds and more.) Other work in the pool is asked for meanwhile and goes first.
+//! threads wait in the same way, for milliseconds and more.)
 //!
 //! ```text
 //! EMPTY    nobody             a caller that wants somebody here: -> job, rayon::spawn(helper)
 //! CALLED   not yet arrived    a caller: -> job          the helper, arriving: -> HERE
-//! HERE     waiting, awake     a caller: -> job          the helper, after LINGER: -> EMPTY, and it leaves
+//! HERE     waiting, awake     a caller: -> job          the helper, after LINGER or STAY: -> EMPTY, and it leaves
 //! job      offered            its caller: -> CALLED or HERE as before          the helper: -> BUSY
 //! BUSY     computing          the helper, done: -> HERE
 //! ```
@@ -31,11 +31,9 @@ use std::time::Instant;
 /// How long a helper stays without a job.
 const LINGER: Duration = Duration::from_micros(50);
 
-/// How long a helper computes or waits before it looks for other work in the pool.
-const LOOK: Duration = Duration::from_micros(20);
-
-/// Where jobs come so quickly that it never waits, it looks after this time.
-const OVERDUE: Duration = Duration::from_millis(1);
+/// How long it stays in all. Then it goes back to the pool, whose other work it keeps waiting where no other thread is free;
+/// called again, it is there two microseconds later.
+const STAY: Duration = Duration::from_millis(5);
 
 /// How long a waiting helper only looks at its place. Then it also yields its core, which may be the caller's: some kernels wake
 /// a thread there although another core is free, and move it when both have been ready to run for a moment.
@@ -254,8 +252,8 @@ impl Drop for Offered<'_> {
 fn help(place: &Place) {
     let change =
         |from, to| place.state.compare_exchange(from, to, Ordering::Acquire, Ordering::Relaxed).is_ok();
-    let mut last = Instant::now();
-    let mut looked = last;
+    let arrived = Instant::now();
+    let mut last = arrived;
     // On a core, so that one that shares its core does not leave before it gets another.
     let mut idle = Duration::ZERO;
     let mut turn = 0;
@@ -272,19 +270,12 @@ fn help(place: &Place) {
             let now = Instant::now();
             idle += (now - last).min(BUSY_WAIT);
             last = now;
-            if idle >= BUSY_WAIT {
-                thread::yield_now();
-            }
-            if now - looked >= LOOK {
-                // Jobs that are offered meanwhile are taken back if it finds other work.
-                if !change(HERE, CALLED) {
-                    continue;
-                }
-                let other = rayon::yield_now() == Some(rayon::Yield::Executed);
-                if (other || idle >= LINGER) && change(CALLED, EMPTY) {
+            if idle >= LINGER || now - arrived >= STAY {
+                if change(HERE, EMPTY) {
                     return;
                 }
-                looked = now;
+            } else if idle >= BUSY_WAIT {
+                thread::yield_now();
             }
         } else if change(state, BUSY) {
             let job = state.map_addr(|address| address & !NOT_YET);
@@ -302,7 +293,8 @@ fn help(place: &Place) {
             unsafe { finish(job) };
             last = Instant::now();
             idle = Duration::ZERO;
-            turn = if last - looked > OVERDUE { TURNS - 1 } else { 0 };
+            // Where jobs come so quickly that it never waits, it looks at the clock all the same.
+            turn = if last - arrived >= STAY { TURNS - 1 } else { 0 };
         }
     }
 }
@@ -354,7 +346,7 @@ static LAST: AtomicUsize = AtomicUsize::new(0);
 
 /// Whether a job so small that nobody is woken for it finds a helper awake. A thread that asks often enough is the reason for
 /// one to be woken, in time for the next.
-pub fn company() -> bool {
+pub(crate) fn company() -> bool {
     if rayon::current_thread_index().is_some() {
         return false;
     }

@@ -2,14 +2,41 @@
 //!
 //! A computation is a list of tasks whose number follows from its shape alone. Workers take the next task from one
 //! atomic counter, so uneven tasks and busy cores even out by themselves, and nothing that is computed depends on who
-//! took what. The calling thread is one of the workers, inside a pool or outside; outside, the others are helpers that stay
-//! awake for a moment after a call (`helpers.rs`).
+//! took what. Small work stays on the calling thread, or is halved with one that is awake. The calling thread is one of
+//! the workers, inside a pool or outside; outside, the others are helpers that stay awake for a moment after a call
+//! (`helpers.rs`).
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::helpers::{Who, with_helpers};
+use crate::helpers::{Who, company, with_helpers};
 
-pub use crate::helpers::company;
+/// Who computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Threads {
+    /// The caller's alone.
+    Caller,
+    /// The caller's and one that is awake.
+    Awake,
+    /// All of the pool; they are woken.
+    All,
+}
+
+impl Threads {
+    /// For `work`, in any unit, of at most `tasks` tasks: all from `all` on, and from `shared` on who is awake anyway.
+    ///
+    /// To be asked once for each computation: who asks often is the reason for a thread to stay awake.
+    pub fn of<W: PartialOrd>(work: W, [shared, all]: [W; 2], tasks: usize) -> Self {
+        if tasks <= 1 {
+            Self::Caller
+        } else if work >= all {
+            Self::All
+        } else if work >= shared && company() {
+            Self::Awake
+        } else {
+            Self::Caller
+        }
+    }
+}
 
 /// The tasks that are left, as one worker sees them.
 #[derive(Clone, Copy, Debug)]
@@ -71,8 +98,17 @@ impl Tasks<'_> {
     }
 }
 
+/// [`run_tasks`] by the threads that are given.
+pub fn run_by(threads: Threads, count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
+    match threads {
+        Threads::Caller => run_inline(count, worker),
+        Threads::Awake => run_halves(count, worker),
+        Threads::All => run_tasks(count, worker),
+    }
+}
+
 /// Runs `worker` on the caller's thread alone.
-pub fn run_inline(count: usize, worker: impl FnOnce(&Tasks<'_>)) {
+fn run_inline(count: usize, worker: impl FnOnce(&Tasks<'_>)) {
     worker(&Tasks { left: &Left::new(count), taker: Taker::Alone });
 }
 
@@ -84,14 +120,16 @@ pub fn run_tasks(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
     run(count, Taker::End, worker);
 }
 
-/// [`run_tasks`] with all threads taking from the start: for a list that has its longest tasks there.
-pub fn run_tasks_in_order(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
-    run(count, Taker::Start, worker);
+/// [`run_by`] with all threads taking from the start: for a list that has its longest tasks there.
+pub fn run_in_order_by(threads: Threads, count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
+    match threads {
+        Threads::All => run(count, Taker::Start, worker),
+        few => run_by(few, count, worker),
+    }
 }
 
-/// Runs `worker` for each of `count` tasks, the first half here and the second on a thread that is awake, if one is: for work
-/// so small that nobody is woken for it. Worth asking for where [`company`] said so.
-pub fn run_halves(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
+/// The first half of the tasks here and the second on a thread that is awake, if one still is.
+fn run_halves(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
     let half = count.div_ceil(2);
     let run = |first: usize, count: usize| {
         let left = Left::new(count);
