@@ -124,7 +124,8 @@ struct Rows {
     at: *const u8,
     stride: isize,
     left: usize,
-    bytes: usize,
+    /// Lines of a row.
+    lines: usize,
     /// How many are asked for at a time.
     step: usize,
 }
@@ -155,11 +156,16 @@ impl Rows {
         if keys.is_empty() || rows.group != 1 || stride == 0 {
             return None;
         }
+        let first: *const u8 = from.at([rows.segment.index, rows.head(0), rows.query(0), keys.start]).cast();
+        let (before, stride) = (first.addr() % LINE, stride * size_of::<T>() as isize);
+        // The same for all rows, so that asking is a few instructions: where rows do not begin at the same place in a line,
+        // one may end a line later than the first.
+        let shifted = usize::from(stride % LINE as isize != 0);
         Some(Self {
-            at: from.at([rows.segment.index, rows.head(0), rows.query(0), keys.start]).cast(),
-            stride: stride * size_of::<T>() as isize,
+            at: first.wrapping_sub(before),
+            stride,
             left: rows.count,
-            bytes: keys.len() * size_of::<T>(),
+            lines: (before + keys.len() * size_of::<T>()).div_ceil(LINE) + shifted,
             step: rows.count.div_ceil(tiles),
         })
     }
@@ -168,7 +174,9 @@ impl Rows {
     fn ask<S: Simd>(&mut self, s: S) {
         let now = self.step.min(self.left);
         for _ in 0..now {
-            ask_for_row(s, self.at, self.bytes);
+            for line in 0..self.lines {
+                s.prefetch(self.at.wrapping_add(line * LINE).cast());
+            }
             self.at = self.at.wrapping_offset(self.stride);
         }
         self.left -= now;

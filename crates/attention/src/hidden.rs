@@ -41,7 +41,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     #[inline(always)]
     fn any_not_finite(&self, keys: Range<usize>) -> bool {
         let s = self.s;
-        // x - x is 0 for finite x and NaN else, and once NaN a sum stays so. Four sums, for one alone would wait for each
+        // 0 x is 0 for finite x and NaN else, and once NaN a sum stays so. Four sums, for one alone would wait for each
         // of its additions.
         let mut sums = [s.zero(); 4];
         for key in keys {
@@ -50,18 +50,18 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             while at + 4 * S::LANES <= row.len() {
                 for (i, sum) in sums.iter_mut().enumerate() {
                     let x = s.load(&row[at + i * S::LANES..]);
-                    *sum = s.add(*sum, s.sub(x, x));
+                    *sum = s.mul_add(x, s.zero(), *sum);
                 }
                 at += 4 * S::LANES;
             }
             while at + S::LANES <= row.len() {
                 let x = s.load(&row[at..]);
-                sums[0] = s.add(sums[0], s.sub(x, x));
+                sums[0] = s.mul_add(x, s.zero(), sums[0]);
                 at += S::LANES;
             }
             for &x in &row[at..] {
                 let x = s.splat(x);
-                sums[0] = s.add(sums[0], s.sub(x, x));
+                sums[0] = s.mul_add(x, s.zero(), sums[0]);
             }
         }
         let sum = s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]));

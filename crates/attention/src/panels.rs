@@ -110,35 +110,35 @@ fn fill_mask_bits<S: Simd>(
     let nr = words.len() / count;
     let [_, head_stride, query_stride, _] = mask.expanded();
     let first = mask.at([rows.segment.index, 0, 0, keys.start]);
-    let (mut any, mut all) = (0u32, u32::MAX);
+    let (mut any, mut all) = (0u64, u64::MAX);
     for lane in 0..rows.count {
         let (head, query) = (rows.head(lane) as isize, rows.query(lane) as isize);
         let row = first.wrapping_offset(head * head_stride + query * query_stride);
         let lanes = &mut words[lane..];
         // The usual block is four words: no loop, and its loads side by side.
         if count == 4 {
-            let mut four = [0; 4];
-            for (w, word) in four.iter_mut().enumerate() {
-                // SAFETY: the mask has these 32 keys of the query, side by side; a bool is one byte, 0 or 1.
-                *word = unsafe { s.lowest_bits(row.wrapping_add(w * WORD).cast()) };
-            }
-            any |= four[0] | four[1] | four[2] | four[3];
-            all &= four[0] & four[1] & four[2] & four[3];
+            // SAFETY: the mask has these 128 keys of the query, side by side; a bool is one byte, 0 or 1.
+            let (first, last) = unsafe {
+                (s.lowest_bits_64(row.cast()), s.lowest_bits_64(row.wrapping_add(2 * WORD).cast()))
+            };
+            (any, all) = (any | first | last, all & first & last);
             let lanes = &mut lanes[..3 * nr + 1];
-            for (w, word) in four.into_iter().enumerate() {
-                lanes[w * nr] = f32::from_bits(word);
-            }
+            lanes[0] = f32::from_bits(first as u32);
+            lanes[nr] = f32::from_bits((first >> WORD) as u32);
+            lanes[2 * nr] = f32::from_bits(last as u32);
+            lanes[3 * nr] = f32::from_bits((last >> WORD) as u32);
             continue;
         }
         for w in 0..count {
             // SAFETY: as above.
             let word = unsafe { s.lowest_bits(row.wrapping_add(w * WORD).cast()) };
-            any |= word;
-            all &= word;
+            any |= u64::from(word);
+            all &= u64::from(word) | u64::from(word) << WORD;
             lanes[w * nr] = f32::from_bits(word);
         }
     }
-    finish_bits(rows.count, nr, words, (any, all))
+    let (any, all) = (any | any >> WORD, all & all >> WORD);
+    finish_bits(rows.count, nr, words, (any as u32, all as u32))
 }
 
 /// Fills the lanes from `filled` on (without a query, or all with the same mask) with what the one before them sees, and

@@ -31,9 +31,10 @@ use std::time::Instant;
 /// How long a helper stays without a job.
 const LINGER: Duration = Duration::from_micros(50);
 
-/// How long it stays in all. Then it goes back to the pool, whose other work it keeps waiting where no other thread is free;
-/// called again, it is there two microseconds later.
-const STAY: Duration = Duration::from_millis(5);
+/// How long it stays in all. Then it goes back to the pool, whose other work it keeps waiting where several callers have called
+/// all of its threads; one caller leaves one free. Not as short as the jobs: a thread that is called while others of the pool
+/// are going to sleep may get its core milliseconds late. With 5 ms one in ten calls of 10 ms took a fifth to twice as long.
+const STAY: Duration = Duration::from_millis(100);
 
 /// How long a waiting helper only looks at its place. Then it also yields its core, which may be the caller's: some kernels wake
 /// a thread there although another core is free, and move it when both have been ready to run for a moment.

@@ -150,6 +150,16 @@ pub trait Simd: sealed::Sealed + Copy + Send + Sync + Debug + 'static {
         }
         word
     }
+    /// [`Self::lowest_bits`] of 64 bytes.
+    ///
+    /// # Safety
+    /// 64 bytes must be readable from `p` on.
+    #[inline(always)]
+    unsafe fn lowest_bits_64(self, p: *const u8) -> u64 {
+        // SAFETY: the caller vouches for 64 bytes.
+        let [low, high] = unsafe { [self.lowest_bits(p), self.lowest_bits(p.add(32))] };
+        u64::from(low) | u64::from(high) << 32
+    }
 
     /// `LANES` IEEE binary16 values, widened; exact, a signalling NaN becomes a quiet one.
     ///

@@ -172,6 +172,12 @@ impl Simd for Avx512 {
         let bytes = unsafe { _mm256_loadu_si256(p.cast()) };
         register_op!(_mm256_test_epi8_mask(bytes, _mm256_set1_epi8(1)))
     }
+    #[inline(always)]
+    unsafe fn lowest_bits_64(self, p: *const u8) -> u64 {
+        // SAFETY: the caller vouches for 64 bytes.
+        let bytes = unsafe { _mm512_loadu_si512(p.cast()) };
+        register_op!(_mm512_test_epi8_mask(bytes, _mm512_set1_epi8(1)))
+    }
 
     #[inline(always)]
     unsafe fn load_f16(self, p: *const u16) -> __m512 {
