@@ -3,13 +3,19 @@
 //! In every round each workload has one turn: a stretch of repeated calls with the limit measured before and after it,
 //! see support/turn.rs. The order rotates from round to round, so that no workload always follows the same one. The
 //! figure of a workload is the median of its ratios to the limit; the quartiles beside it show how steady they were.
+//!
+//! Where the goal is a fraction of the rate without a mask, the two take turns call by call on the same inputs, after the
+//! workload's own stretch: two ratios to the limit would bring the noise of four measurements of it.
 
 use std::error::Error;
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use qkv_benches::{Call, Environment, Lengths, Limit, Turn, Workload, flops_per_cycle, median, quartiles};
+use qkv_benches::{
+    AttentionShape, Call, Environment, Lengths, Limit, Turn, Workload, flops_per_cycle, median,
+    prepare_attention, quartiles, ratio_of_two,
+};
 use serde::Serialize;
 
 use crate::goals::{Goal, Row, rows};
@@ -70,7 +76,7 @@ pub(crate) struct Outcome {
     /// Median of the ratios to the limit, in percent, with their quartiles.
     pub(crate) percent: f64,
     pub(crate) quartiles: (f64, f64),
-    /// Median of the ratios to the same shape without a mask, round by round.
+    /// Median over the rounds of the rate over that of the same shape without a mask.
     pub(crate) of_full: Option<f64>,
     /// The goal in percent of the limit; None where this machine cannot tell.
     pub(crate) goal: Option<f64>,
@@ -100,7 +106,13 @@ struct Runner {
     row: Row,
     call: Call,
     turns: Vec<Turn>,
+    /// With the mask or without, where these two are compared, and the ratios of their rates.
+    either: Option<Box<dyn FnMut(bool)>>,
+    of_full: Vec<f64>,
 }
+
+/// Stretches of a comparison of two, so that calls of 20 and 10 ms take half a dozen turns.
+const STRETCHES_OF_TWO: u32 = 3;
 
 impl Runner {
     fn turn(&mut self, options: &Options, threads: usize) -> Result<(), Box<dyn Error>> {
@@ -111,6 +123,10 @@ impl Runner {
         };
         let lengths = Lengths { stretch: options.seconds, probe: options.probe_seconds };
         self.turns.push(Turn::take(limit, amount, threads, lengths, &mut self.call)?);
+        if let (Some(either), Some(shape)) = (&mut self.either, self.row.of_full()) {
+            let work = workload.flops() / AttentionShape { causal: false, ..shape }.flops();
+            self.of_full.push(work / ratio_of_two(STRETCHES_OF_TWO * options.seconds, either));
+        }
         Ok(())
     }
 
@@ -118,17 +134,11 @@ impl Runner {
         self.turns.iter().map(Turn::percent).collect()
     }
 
-    fn outcome(&self, all: &[Runner], flops_per_cycle: u32) -> Outcome {
+    fn outcome(&self, flops_per_cycle: u32) -> Outcome {
         let of = |f: fn(&Turn) -> f64| median(&self.turns.iter().map(f).collect::<Vec<_>>());
         let percents = self.percents();
         let percent = median(&percents);
-        // Round by round: both were measured within seconds of each other.
-        let full = self.row.full().and_then(|full| all.iter().find(|other| other.row.workload == full));
-        let of_full = full.map(|full| {
-            let ratios: Vec<f64> =
-                percents.iter().zip(full.percents()).map(|(&own, full)| own / full).collect();
-            median(&ratios)
-        });
+        let of_full = (!self.of_full.is_empty()).then(|| median(&self.of_full));
         let goal = match self.row.goal {
             Goal::OfFull(fraction) => Some(fraction),
             _ => self.row.percent(flops_per_cycle),
@@ -183,7 +193,10 @@ pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error
     let mut runners = Vec::with_capacity(wanted.len());
     for row in wanted {
         let call = row.workload.prepare()?;
-        runners.push(Runner { row, call, turns: Vec::with_capacity(options.rounds) });
+        let either = row.of_full().map(prepare_attention).transpose()?;
+        let either = either.map(|call| Box::new(call) as Box<dyn FnMut(bool)>);
+        let turns = Vec::with_capacity(options.rounds);
+        runners.push(Runner { row, call, turns, either, of_full: Vec::new() });
     }
     let count = runners.len();
     for round in 0..options.rounds {
@@ -202,7 +215,7 @@ pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error
         seconds: options.seconds.as_secs_f64(),
         peak: limits(&runners, Limit::Peak),
         bandwidth: limits(&runners, Limit::Bandwidth),
-        rows: runners.iter().map(|runner| runner.outcome(&runners, flops_per_cycle)).collect(),
+        rows: runners.iter().map(|runner| runner.outcome(flops_per_cycle)).collect(),
     };
     if options.json {
         println!("{}", serde_json::to_string_pretty(&matrix)?);

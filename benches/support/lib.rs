@@ -20,8 +20,9 @@ mod workload;
 
 pub use machine::{Environment, clock_hz, flops_per_cycle, fma_peak, read_bandwidth, use_threads};
 pub use shapes::{ATTENTION, AttentionShape, GEMM_SKINNY, GEMM_SQUARE, GemmShape};
-pub use timing::{median, quartiles, seconds_per_call};
+pub use timing::{median, quartiles, ratio_of_two, seconds_per_call};
 pub use turn::{Lengths, Limit, Turn};
 pub use workload::{
-    AttentionInput, Call, GemmInput, Random, Workload, check_close, prepare_product, product, spec_of,
+    AttentionInput, Call, GemmInput, Random, Workload, check_close, prepare_attention, prepare_product,
+    product, spec_of,
 };

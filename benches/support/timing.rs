@@ -3,6 +3,8 @@
 //! A call is repeated for a stretch of given length. The stretch is cut into batches, each long enough that reading the
 //! clock does not show (a batch of the smallest product, 64 x 64 x 64, holds a thousand calls), and the median of the
 //! batches is the answer: one preempted batch does not move it.
+//!
+//! Two calls whose times are to be compared take turns, call by call: what the machine does to one it does to the other.
 
 use std::time::{Duration, Instant};
 
@@ -77,4 +79,26 @@ pub fn seconds_per_call(stretch: Duration, mut call: impl FnMut()) -> f64 {
             return median(&batches);
         }
     }
+}
+
+/// How many times as long `call(true)` takes as `call(false)`: both in turns, each right after the other, for at least
+/// `stretch`; the median of the pairs' ratios, after one pair that does not count.
+pub fn ratio_of_two(stretch: Duration, mut call: impl FnMut(bool)) -> f64 {
+    let mut seconds = |which: bool| {
+        let start = Instant::now();
+        call(which);
+        start.elapsed().as_secs_f64()
+    };
+    for which in [false, true] {
+        seconds(which);
+    }
+    let (start, mut ratios) = (Instant::now(), Vec::new());
+    while start.elapsed() < stretch || ratios.len() < LEAST_BATCHES {
+        // Who is first changes, so that a drift of the clock favours neither.
+        let first = ratios.len() % 2 == 1;
+        let times = [seconds(first), seconds(!first)];
+        let [without, with] = if first { [times[1], times[0]] } else { times };
+        ratios.push(with / without.max(1e-9));
+    }
+    median(&ratios)
 }

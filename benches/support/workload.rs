@@ -121,19 +121,28 @@ impl Workload {
     pub fn prepare(&self) -> Result<Call, Box<dyn Error>> {
         match *self {
             Self::Attention(shape) => {
-                let AttentionInput { q, k, v } = AttentionInput::random(&shape)?;
-                let mut out = Tensor::zeros(shape.query_shape())?;
-                let spec = spec_of(&shape);
-                let mut call = move || {
-                    let outputs = Outputs::new(out.view_mut());
-                    attention_into(q.view(), k.view(), v.view(), &spec, outputs)
-                };
-                call()?;
-                Ok(Box::new(move || call().expect("accepted before")))
+                let mut call = prepare_attention(shape)?;
+                Ok(Box::new(move || call(shape.causal)))
             }
             Self::Gemm(shape) => prepare_product(shape, None),
         }
     }
+}
+
+/// Makes inputs and output of attention and makes the call once. What it gives makes it with a causal mask or without, on the
+/// same inputs, as it is told.
+///
+/// # Errors
+/// As [`Workload::prepare`].
+pub fn prepare_attention(shape: AttentionShape) -> Result<impl FnMut(bool), Box<dyn Error>> {
+    let AttentionInput { q, k, v } = AttentionInput::random(&shape)?;
+    let mut out = Tensor::zeros(shape.query_shape())?;
+    let mut call = move |causal| {
+        let spec = spec_of(&AttentionShape { causal, ..shape });
+        attention_into(q.view(), k.view(), v.view(), &spec, Outputs::new(out.view_mut()))
+    };
+    call(shape.causal)?;
+    Ok(move |causal| call(causal).expect("accepted before"))
 }
 
 /// Makes inputs and output of a product, and computes it once.

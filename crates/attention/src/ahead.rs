@@ -11,6 +11,7 @@ use core::ops::Range;
 use qkv_simd::Simd;
 
 use crate::interval::Visible;
+use crate::next_task::Begin;
 use crate::prefill::Worker;
 use crate::rule::ScoreRule;
 use crate::strip::StripRows;
@@ -26,7 +27,9 @@ pub(crate) struct Ahead<'w> {
     /// For the next strip.
     pub(crate) panels: Option<PanelRows>,
     /// For the end of this strip, by its last block.
-    pub(crate) outputs: Option<OutputRows<'w>>,
+    pub(crate) outputs: Option<TensorRows<'w, DataMut<'w>>>,
+    /// For the next task, by the last block of every strip.
+    pub(crate) queries: Option<TensorRows<'w, Data<'w>>>,
 }
 
 impl Ahead<'_> {
@@ -48,6 +51,9 @@ impl Ahead<'_> {
         }
         if let Some(outputs) = &mut self.outputs {
             outputs.ask(s);
+        }
+        if let Some(queries) = &mut self.queries {
+            queries.ask(s);
         }
     }
 }
@@ -74,40 +80,62 @@ pub(crate) struct ValueRows {
     pub(crate) bytes: usize,
 }
 
-/// Output rows of a strip, which its end will write: stores that miss would fill the store queue.
-pub(crate) struct OutputRows<'w> {
-    out: &'w DataMut<'w>,
+/// A tensor whose rows can be asked for, for what is done to them: queries are read; outputs are written, and stores that
+/// miss would fill the store queue.
+pub(crate) trait AskRow {
+    fn ask_for<S: Simd>(&self, s: S, place: [usize; 3]);
+}
+
+impl AskRow for Data<'_> {
+    #[inline(always)]
+    fn ask_for<S: Simd>(&self, s: S, place: [usize; 3]) {
+        let (row, _, bytes) = self.row_memory(place);
+        ask_for_row(s, row, bytes);
+    }
+}
+
+impl AskRow for DataMut<'_> {
+    #[inline(always)]
+    fn ask_for<S: Simd>(&self, s: S, place: [usize; 3]) {
+        let (row, _, bytes) = self.row_memory(place);
+        for line in lines(row, bytes) {
+            s.prefetch_write(line);
+        }
+    }
+}
+
+/// Rows of a tensor, asked for some at a time.
+pub(crate) struct TensorRows<'w, T> {
+    tensor: &'w T,
     rows: StripRows,
-    lane: usize,
-    /// How many are asked for at a time.
+    lanes: Range<usize>,
     step: usize,
 }
 
-impl<'w> OutputRows<'w> {
+impl<'w, T: AskRow> TensorRows<'w, T> {
+    /// The rows in these lanes, in `tiles` steps.
     #[inline(always)]
-    pub(crate) fn new(out: &'w DataMut<'w>, rows: &StripRows, tiles: usize) -> Self {
-        Self { out, rows: *rows, lane: 0, step: rows.count.div_ceil(tiles) }
+    pub(crate) fn new(tensor: &'w T, rows: &StripRows, lanes: Range<usize>, tiles: usize) -> Self {
+        let step = lanes.len().div_ceil(tiles);
+        Self { tensor, rows: *rows, lanes, step }
     }
 
     #[inline(always)]
     fn ask<S: Simd>(&mut self, s: S) {
-        let end = (self.lane + self.step).min(self.rows.count);
-        for lane in self.lane..end {
-            let (row, _, bytes) = self.out.row_memory(self.rows.place(lane));
-            for line in lines(row, bytes) {
-                s.prefetch_write(line);
-            }
+        let end = (self.lanes.start + self.step).min(self.lanes.end);
+        for lane in self.lanes.start..end {
+            self.tensor.ask_for(s, self.rows.place(lane));
         }
-        self.lane = end;
+        self.lanes.start = end;
     }
 }
 
-/// Asks for the query rows of a strip, all at once: a task begins with them, and has nothing else to do meanwhile.
+/// Asks for the query rows of a strip, all at once: a worker's first task begins with them, and has nothing else to do
+/// meanwhile.
 #[inline(always)]
 pub(crate) fn ask_for_queries<S: Simd>(s: S, q: &Data<'_>, rows: &StripRows) {
     for lane in 0..rows.count {
-        let (row, _, bytes) = q.row_memory(rows.place(lane));
-        ask_for_row(s, row, bytes);
+        q.ask_for(s, rows.place(lane));
     }
 }
 
@@ -197,6 +225,8 @@ impl<'w, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: boo
         tiles: usize,
     ) -> Ahead<'w> {
         let call = self.call;
+        let ends = call.plan.is_cold && keys.end >= visible.any.end.min(self.end);
+        let next = self.next.as_ref().filter(|_| ends && !FEW);
         Ahead {
             values: self.is_last(strip).then(|| ValueRows {
                 at: self.values.row(keys.start - self.block.start),
@@ -206,8 +236,13 @@ impl<'w, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: boo
             panels: self
                 .next_strip(strip, rows, keys)
                 .and_then(|(rows, keys)| PanelRows::new(call.spec, &rows, &keys, tiles)),
-            outputs: (call.plan.is_cold && keys.end >= visible.any.end.min(self.end))
-                .then(|| OutputRows::new(&call.out, rows, tiles)),
+            outputs: ends.then(|| TensorRows::new(&call.out, rows, 0..rows.count, tiles)),
+            queries: next.and_then(|next| {
+                let Begin::Queries(queries) = &next.begin else { return None };
+                let strips = self.task.rows.len().div_ceil(Self::NR);
+                let share = queries.count * strip / strips..queries.count * (strip + 1) / strips;
+                Some(TensorRows::new(&call.q, queries, share, tiles))
+            }),
         }
     }
 

@@ -1,13 +1,13 @@
-//! What few query rows ask for ahead: rows of keys and values, and the next task's first.
+//! What few query rows ask for ahead: rows of keys and values, each run for the one after it.
 
 use core::ops::Range;
 
-use qkv_gemm::parallel::Tasks;
 use qkv_simd::Simd;
 
 use crate::few_rows::FEW_BLOCK;
 use crate::interval::Segment;
 use crate::kv_rows::KvRows;
+use crate::next_task::{Begin, Taken};
 use crate::prefill::Worker;
 use crate::row_runs::{RunList, link};
 use crate::rule::ScoreRule;
@@ -15,28 +15,6 @@ use crate::rule::ScoreRule;
 impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     Worker<'_, '_, S, R, MR, NV, FEW>
 {
-    /// Takes the next task when this one comes to its last block of keys, so that the next one's first can be asked for: nothing
-    /// else would, and a task of few rows is no more than its keys.
-    #[inline(always)]
-    pub(crate) fn take_next(&mut self) {
-        let (call, None) = (self.call, self.next) else { return };
-        self.next = self.tasks.and_then(Tasks::take);
-        self.next_keys = self.next.and_then(|index| {
-            let task = call.plan.task(index);
-            if task.parts.is_empty() || !call.plan.has_few_rows(&task.segment) {
-                return None;
-            }
-            let visible = call.visible(&task);
-            let first = match call.plan.parts(&task.segment) {
-                (1, _) => visible.start,
-                (_, part_keys) => visible.start.max(task.parts.start * part_keys),
-            };
-            let end = (first / FEW_BLOCK + 1) * FEW_BLOCK;
-            let keys = first..end.min(visible.end);
-            (!keys.is_empty()).then_some((task.segment, task.kv_head, keys))
-        });
-    }
-
     /// Lets runs of the `rows` of `keys` ask for what is read next, each for the one after it and the last for the first one of
     /// the values after keys, of the keys after values: see [`RowRun`]. What is copied asks for its rows itself.
     #[inline(always)]
@@ -57,6 +35,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         if !next.is_empty() {
             return Some((&self.task.segment, self.task.kv_head, next));
         }
-        self.next_keys.as_ref().map(|(segment, head, next)| (segment, *head, next.clone()))
+        match &self.next {
+            Some(Taken { begin: Begin::Keys(segment, head, next), .. }) => Some((segment, *head, next.clone())),
+            _ => None,
+        }
     }
 }

@@ -6,6 +6,7 @@ use qkv_simd::Isa;
 
 use crate::check::{check_axis, check_inputs, check_per_sequence, short_enough};
 use crate::kv_rows::KvRows;
+use crate::next_task::Taken;
 use crate::plan::{BlockCounts, Plan, Sequences, Shape};
 use crate::prefill::{Call, Prefill};
 use crate::rule::{NoRule, ScoreRule};
@@ -165,10 +166,12 @@ pub(crate) fn run<R: ScoreRule>(
     let units = Units::new(spec, shape.key_dim, R::ACTIVE);
     let call = Call { q, k, v, out, lse, maxima, weights: None, spec, rule, isa, units, plan, shared };
     let work = |tasks: &Tasks<'_>| {
-        let mut next = tasks.take();
-        while let Some(index) = next {
-            let task = call.plan.task(index);
-            next = with_tile(isa, Prefill { call: &call, task, tasks: Some(tasks) }).or_else(|| tasks.take());
+        let take = || tasks.take().map(Taken::unasked);
+        let mut next = take();
+        while let Some(taken) = next {
+            let task = call.plan.task(taken.index);
+            let prefill = Prefill { call: &call, task, asked: taken.has_queries(), tasks: Some(tasks) };
+            next = with_tile(isa, prefill).or_else(take);
         }
     };
     let tasks = call.plan.tasks();

@@ -1,16 +1,15 @@
 //! Values behind a mask that are NaN or infinite.
 //!
 //! 0 x NaN is NaN, so a weight of zero does not keep such a value out of a sum. Skipped keys are never read, and a block that
-//! all lanes see has no zero weights by mask. Where some lanes do not see a key, its values are scanned (the keys on
-//! the edge of an interval per strip; all keys of a block, once for all strips, where bits or a bias may mask any of
-//! them), and only if one is not finite does the strip take the careful way: a copy of the block with zeros in the place
-//! of such entries, which are then added one by one to the rows that do see them.
+//! all lanes see has no zero weights by mask. Where a strip has folded keys that some lanes do not see, its outputs are looked
+//! at when its keys are done: such a value leaves NaN there, which nothing removes. Only then is the task's part of the
+//! keys computed again, the careful way: blocks with hidden keys and a value that is not finite are copied with zeros in
+//! the place of such entries, which are then added one by one to the rows that do see them.
 
 use core::ops::Range;
 
 use qkv_simd::Simd;
 
-use crate::interval::Visible;
 use crate::layout::MAX_KEY_BLOCK;
 use crate::prefill::Worker;
 use crate::rule::ScoreRule;
@@ -21,51 +20,48 @@ pub(crate) type Seen = [u64; MAX_KEY_BLOCK];
 impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     Worker<'_, '_, S, R, MR, NV, FEW>
 {
-    /// Whether a value of `keys` that some lanes of a strip may not see is NaN or infinite.
-    ///
-    /// `anywhere`: any key may be masked, not only those on the edge of the interval.
+    /// Whether an output of a strip that had hidden keys is NaN: then one of their values may be the reason.
     #[inline(always)]
-    pub(crate) fn has_hidden_nan(&mut self, keys: &Range<usize>, visible: &Visible, anywhere: bool) -> bool {
-        if anywhere {
-            let block = self.block_index(keys.start);
-            if self.scanned != Some(block) {
-                self.scanned = Some(block);
-                self.scan_found = self.any_not_finite(self.block.clone());
-            }
-            return self.scan_found;
+    pub(crate) fn may_show_hidden(&self) -> bool {
+        let strips = self.task.rows.len().div_ceil(Self::NR);
+        let mut found = false;
+        for strip in 0..strips {
+            found |= self.hides >> strip & 1 == 1 && self.has_nan(strip);
         }
-        self.any_not_finite(keys.start..visible.whole.start.min(keys.end))
-            || self.any_not_finite(visible.whole.end.max(keys.start)..keys.end)
+        found
     }
 
+    /// Whether an output of a strip is NaN, or infinite.
     #[inline(always)]
-    fn any_not_finite(&self, keys: Range<usize>) -> bool {
-        let s = self.s;
+    fn has_nan(&self, strip: usize) -> bool {
+        let (s, dv) = (self.s, self.call.plan.shape.value_dim);
+        // Of few rows those that there are, of others all lanes: [rows][dv] and [dv][NR].
+        let outputs = if FEW {
+            &self.scratch.outputs[..self.task.rows.len() * dv]
+        } else {
+            &self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR]
+        };
         // 0 x is 0 for finite x and NaN else, and once NaN a sum stays so. Four sums, for one alone would wait for each
         // of its additions.
         let mut sums = [s.zero(); 4];
-        for key in keys {
-            let row = self.value_row(key);
-            let mut at = 0;
-            while at + 4 * S::LANES <= row.len() {
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    let x = s.load(&row[at + i * S::LANES..]);
-                    *sum = s.mul_add(x, s.zero(), *sum);
-                }
-                at += 4 * S::LANES;
+        let mut chunks = outputs.chunks_exact(4 * S::LANES);
+        for chunk in &mut chunks {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = s.mul_add(s.load(&chunk[i * S::LANES..]), s.zero(), *sum);
             }
-            while at + S::LANES <= row.len() {
-                let x = s.load(&row[at..]);
-                sums[0] = s.mul_add(x, s.zero(), sums[0]);
-                at += S::LANES;
-            }
-            for &x in &row[at..] {
-                let x = s.splat(x);
-                sums[0] = s.mul_add(x, s.zero(), sums[0]);
-            }
+        }
+        for &x in chunks.remainder() {
+            sums[0] = s.mul_add(s.splat(x), s.zero(), sums[0]);
         }
         let sum = s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]));
         s.bits(s.eq(sum, s.zero())) != (1 << S::LANES) - 1
+    }
+
+    /// Whether a value of `keys`, of the block that is brought in, is NaN or infinite.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn any_not_finite(&self, keys: &Range<usize>) -> bool {
+        keys.clone().any(|key| self.value_row(key).iter().any(|x| !x.is_finite()))
     }
 
     /// Copies the values of `keys` into the scratch with zeros for NaN and infinities, and says who sees which key; to

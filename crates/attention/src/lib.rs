@@ -22,6 +22,7 @@ mod layout;
 pub mod merge;
 #[cfg(feature = "ndarray")]
 pub mod ndarray;
+mod next_task;
 mod online_softmax;
 mod packed;
 mod packed_scores;

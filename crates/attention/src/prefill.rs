@@ -22,9 +22,10 @@ use qkv_simd::{Isa, Simd, SimdOp};
 use crate::ahead::ask_for_queries;
 use crate::block_rows::BlockRows;
 use crate::few_rows::{FEW_BLOCK, FewScores, FewSums, RowList};
-use crate::interval::{self, Ends, Segment, Visible};
+use crate::interval::{self, Ends, Visible};
 use crate::kv_rows::KvRows;
 use crate::layout::{Layout, Scratch};
+use crate::next_task::Taken;
 use crate::online_softmax::{self, SUM_CHAINS};
 use crate::packed_scores::{self, fold_keys, packed_stride, repeat_first_key};
 use crate::panels::{self, BiasPanel, Bits, WORD};
@@ -68,16 +69,18 @@ pub(crate) struct Call<'a, R> {
 pub(crate) struct Prefill<'c, 'a, R> {
     pub(crate) call: &'c Call<'a, R>,
     pub(crate) task: Task,
+    /// Whether its queries were asked for by the task before.
+    pub(crate) asked: bool,
     /// Where the worker finds its next task.
     pub(crate) tasks: Option<&'c Tasks<'c>>,
 }
 
 impl<R: ScoreRule> TileOp for Prefill<'_, '_, R> {
     /// The next task, if it was taken already.
-    type Output = Option<usize>;
+    type Output = Option<Taken>;
 
     #[inline(always)]
-    fn eval<S: Simd, const MR: usize, const NV: usize>(self, s: S) -> Option<usize> {
+    fn eval<S: Simd, const MR: usize, const NV: usize>(self, s: S) -> Option<Taken> {
         let plan = &self.call.plan;
         let layout = Layout::new(plan);
         with_scratch(layout.total, |memory| {
@@ -102,20 +105,21 @@ pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize, const F
     pub(crate) key_block: usize,
     /// Bit i: strip i has seen a block, its part of the outputs holds something.
     pub(crate) started: u64,
-    /// The block of keys whose values have been scanned for NaN and infinities, and what was found.
-    pub(crate) scanned: Option<usize>,
-    pub(crate) scan_found: bool,
+    /// Bit i: strip i has folded keys that some lanes do not see, whose weights there are 0.
+    pub(crate) hides: u64,
+    /// Whether values behind a mask are looked at, see hidden.rs.
+    pub(crate) careful: bool,
     /// The end of the keys that the task reads.
     pub(crate) end: usize,
     /// The block of keys that is brought in, and where its rows are (block_rows.rs).
     pub(crate) block: Range<usize>,
     pub(crate) keys: BlockRows,
     pub(crate) values: BlockRows,
+    /// Whether the queries were asked for by the task before.
+    pub(crate) asked: bool,
     /// Where the next task is to be found, and the one that was taken while this one ends.
     pub(crate) tasks: Option<&'w Tasks<'w>>,
-    pub(crate) next: Option<usize>,
-    /// The keys that the next task begins with, for few rows: sequence, key/value head, keys.
-    pub(crate) next_keys: Option<(Segment, usize, Range<usize>)>,
+    pub(crate) next: Option<Taken>,
 }
 
 impl<'w, 'a, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
@@ -123,7 +127,7 @@ impl<'w, 'a, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW:
 {
     #[inline(always)]
     fn new(s: S, of: &'w Prefill<'w, 'a, R>, scratch: Scratch<'w>) -> Self {
-        let &Prefill { call, ref task, tasks } = of;
+        let &Prefill { call, ref task, asked, tasks } = of;
         Self {
             s,
             call,
@@ -131,15 +135,15 @@ impl<'w, 'a, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW:
             scratch,
             key_block: if FEW { FEW_BLOCK } else { key_block(task.segment.key_len) },
             started: 0,
-            scanned: None,
-            scan_found: false,
+            hides: 0,
+            careful: false,
             end: 0,
             block: 0..0,
             keys: BlockRows::NONE,
             values: BlockRows::NONE,
+            asked,
             tasks,
             next: None,
-            next_keys: None,
         }
     }
 }
@@ -147,15 +151,15 @@ impl<'w, 'a, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW:
 impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> SimdOp
     for Worker<'_, '_, S, R, MR, NV, FEW>
 {
-    type Output = Option<usize>;
+    type Output = Option<Taken>;
 
     #[inline(always)]
-    fn eval<Same: Simd>(mut self, _: Same) -> Option<usize> {
+    fn eval<Same: Simd>(mut self, _: Same) -> Option<Taken> {
         if self.task.parts.is_empty() {
             return None;
         }
         let (s, strips) = (self.s, self.task.rows.len().div_ceil(Self::NR));
-        let asks = !FEW && self.call.plan.is_cold;
+        let asks = !FEW && self.call.plan.is_cold && !self.asked;
         if asks {
             ask_for_queries(s, &self.call.q, &self.rows_of(0));
         }
@@ -168,25 +172,36 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> S
         let visible = self.call.visible(self.task);
         let (parts, part_keys) = self.call.plan.parts(&self.task.segment);
         self.end = visible.end.min(self.task.parts.end.saturating_mul(part_keys));
+        let takes_next = self.end_of_first_strip();
         for part in self.task.parts.clone() {
-            for strip in 0..strips {
-                self.begin_state(strip, part == 0);
-            }
-            self.started = 0;
             let keys = match parts {
                 1 => visible.clone(),
                 _ => intersect(&visible, &(part * part_keys..(part + 1) * part_keys)),
             };
-            let block = self.key_block;
-            for begin in (keys.start / block * block..keys.end).step_by(block) {
-                let in_block = begin..(begin + block).min(keys.end);
-                if FEW && in_block.end >= self.end {
-                    self.take_next();
+            self.careful = false;
+            // Once, and once more where a value behind a mask may have got through.
+            loop {
+                for strip in 0..strips {
+                    self.begin_state(strip, part == 0);
                 }
-                // The last rows first: under a causal mask they see most of the block, and bring it in for the others.
-                for strip in (0..strips).rev() {
-                    self.fold_block(strip, in_block.clone());
+                (self.started, self.hides) = (0, 0);
+                let block = self.key_block;
+                for begin in (keys.start / block * block..keys.end).step_by(block) {
+                    let in_block = begin..(begin + block).min(keys.end);
+                    if in_block.end >= takes_next {
+                        self.take_next();
+                    }
+                    // The last rows first: under a causal mask they see most of the block, and bring it in for the others.
+                    for strip in (0..strips).rev() {
+                        self.fold_block(strip, in_block.clone());
+                    }
                 }
+                if self.careful || !self.may_show_hidden() {
+                    break;
+                }
+                self.careful = true;
+                // Few rows may have brought values in where its keys were.
+                self.block = 0..0;
             }
             if parts > 1 {
                 self.save_part(part);
@@ -271,11 +286,14 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         else {
             return;
         };
+        let hides = anywhere || !visible.is_whole(&keys);
         if FEW {
-            // Values that a mask may hide are looked at one by one, as f32.
-            self.values = self.rows_of_block(&self.call.v, anywhere || !visible.is_whole(&keys));
+            // Values that are looked at one by one have to be f32.
+            self.values = self.rows_of_block(&self.call.v, self.careful && hides);
         }
-        let seen = self.has_hidden_nan(&keys, &visible, anywhere).then(|| self.copy_finite_values(&keys));
+        self.hides |= u64::from(hides) << strip;
+        let seen =
+            (self.careful && hides && self.any_not_finite(&keys)).then(|| self.copy_finite_values(&keys));
         let (max, sum) = self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR].split_at_mut(Self::NR);
         let (s, to_log2) = (self.s, self.call.units.to_log2);
         let mut scores = &mut self.scratch.scores[..keys.len() * Self::NR];
@@ -296,6 +314,14 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             s.store(fold_keys(s, s.load(sum), stride, |x, y| s.add(x, y)), sum);
         }
 
+        if !FEW {
+            for row in 0..LINKED_ROWS {
+                let at = self.keys.row(row);
+                for line in 0..self.call.plan.shape.key_dim / 16 {
+                    s.prefetch(at.wrapping_add(16 * line));
+                }
+            }
+        }
         let values = match &seen {
             Some(_) => {
                 let stride = self.call.plan.shape.value_dim as isize;

@@ -102,7 +102,7 @@ fn weights_of(
     };
     run_in_order_by(Threads::All, tasks.len(), |numbers| {
         while let Some(index) = numbers.take() {
-            with_tile(isa, Prefill { call: &call, task: tasks[index].clone(), tasks: None });
+            with_tile(isa, Prefill { call: &call, task: tasks[index].clone(), asked: false, tasks: None });
         }
     });
     Ok(weights)

@@ -60,19 +60,28 @@ enum Taker {
 #[derive(Debug)]
 struct Left {
     count: usize,
+    workers: usize,
     taken: AtomicUsize,
     from_the_start: AtomicUsize,
     from_the_end: AtomicUsize,
 }
 
 impl Left {
-    fn new(count: usize) -> Self {
+    fn new(count: usize, workers: usize) -> Self {
         let zero = || AtomicUsize::new(0);
-        Self { count, taken: zero(), from_the_start: zero(), from_the_end: zero() }
+        Self { count, workers, taken: zero(), from_the_start: zero(), from_the_end: zero() }
     }
 }
 
 impl Tasks<'_> {
+    /// [`Self::take`] for a worker that has not finished its task yet: none where so few are left that another worker might
+    /// have begun it sooner.
+    pub fn take_early(&self) -> Option<usize> {
+        let left = self.left;
+        let taken = left.taken.load(Ordering::Relaxed);
+        (self.taker == Taker::Alone || taken + left.workers < left.count).then(|| self.take()).flatten()
+    }
+
     /// The next task, if any is left: the caller's thread takes them from the start, the others from the end.
     ///
     /// A caller that computes the same product again then finds its part of the operands and of C in its own cache.
@@ -109,7 +118,7 @@ pub fn run_by(threads: Threads, count: usize, worker: impl Fn(&Tasks<'_>) + Sync
 
 /// Runs `worker` on the caller's thread alone.
 fn run_inline(count: usize, worker: impl FnOnce(&Tasks<'_>)) {
-    worker(&Tasks { left: &Left::new(count), taker: Taker::Alone });
+    worker(&Tasks { left: &Left::new(count, 1), taker: Taker::Alone });
 }
 
 /// Runs `worker` on up to `count` threads at once, each of which takes tasks until none is left.
@@ -132,7 +141,7 @@ pub fn run_in_order_by(threads: Threads, count: usize, worker: impl Fn(&Tasks<'_
 fn run_halves(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
     let half = count.div_ceil(2);
     let run = |first: usize, count: usize| {
-        let left = Left::new(count);
+        let left = Left::new(count, 1);
         left.taken.store(first, Ordering::Relaxed);
         worker(&Tasks { left: &left, taker: Taker::Alone });
     };
@@ -147,7 +156,7 @@ fn run(count: usize, others: Taker, worker: impl Fn(&Tasks<'_>) + Sync) {
     if workers <= 1 {
         return run_inline(count, worker);
     }
-    let left = Left::new(count);
+    let left = Left::new(count, workers);
     let work = |taker| worker(&Tasks { left: &left, taker });
     with_helpers(workers - 1, Who::All, &|| work(others), |missing| {
         if missing == 0 {
