@@ -11,7 +11,7 @@ use core::ops::Range;
 use qkv_simd::Simd;
 
 use crate::interval::Visible;
-use crate::next_task::Begin;
+use crate::next_task::{Begin, Taken};
 use crate::prefill::Worker;
 use crate::rule::ScoreRule;
 use crate::strip::StripRows;
@@ -24,6 +24,8 @@ pub(crate) const LINE: usize = 64;
 pub(crate) struct Ahead<'w> {
     /// For the second product, by the first strip that reads a block.
     pub(crate) values: Option<ValueRows>,
+    /// Keys that come next and may lie in no cache: of the next block, of the next task.
+    pub(crate) keys: Option<Rows>,
     /// For the next strip.
     pub(crate) panels: Option<PanelRows>,
     /// For the end of this strip, by its last block.
@@ -48,6 +50,9 @@ impl Ahead<'_> {
             for key in keys {
                 ask_for_row(s, values.at.wrapping_offset(key as isize * values.stride).cast(), values.bytes);
             }
+        }
+        if let Some(keys) = &mut self.keys {
+            keys.ask(s);
         }
         if let Some(outputs) = &mut self.outputs {
             outputs.ask(s);
@@ -148,7 +153,7 @@ pub(crate) struct PanelRows {
 
 /// Rows a constant distance apart.
 #[derive(Clone, Copy)]
-struct Rows {
+pub(crate) struct Rows {
     at: *const u8,
     stride: isize,
     left: usize,
@@ -184,18 +189,25 @@ impl Rows {
         if keys.is_empty() || rows.group != 1 || stride == 0 {
             return None;
         }
-        let first: *const u8 = from.at([rows.segment.index, rows.head(0), rows.query(0), keys.start]).cast();
-        let (before, stride) = (first.addr() % LINE, stride * size_of::<T>() as isize);
+        let first = from.at([rows.segment.index, rows.head(0), rows.query(0), keys.start]);
+        Some(Self::new((first, stride), rows.count, keys.len(), tiles))
+    }
+
+    /// `rows` rows of `values` values, `stride` values apart, in `tiles` steps.
+    #[inline(always)]
+    fn new<T>((first, stride): (*const T, isize), rows: usize, values: usize, tiles: usize) -> Self {
+        let (first, stride): (*const u8, _) = (first.cast(), stride * size_of::<T>() as isize);
+        let before = first.addr() % LINE;
         // The same for all rows, so that asking is a few instructions: where rows do not begin at the same place in a line,
         // one may end a line later than the first.
         let shifted = usize::from(stride % LINE as isize != 0);
-        Some(Self {
+        Self {
             at: first.wrapping_sub(before),
             stride,
-            left: rows.count,
-            lines: (before + keys.len() * size_of::<T>()).div_ceil(LINE) + shifted,
-            step: rows.count.div_ceil(tiles),
-        })
+            left: rows,
+            lines: (before + values * size_of::<T>()).div_ceil(LINE) + shifted,
+            step: rows.div_ceil(tiles),
+        }
     }
 
     #[inline(always)]
@@ -233,17 +245,41 @@ impl<'w, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: boo
                 stride: self.values.stride,
                 bytes: call.plan.shape.value_dim * size_of::<f32>(),
             }),
+            keys: self.next_keys(strip, next, tiles),
             panels: self
                 .next_strip(strip, rows, keys)
                 .and_then(|(rows, keys)| PanelRows::new(call.spec, &rows, &keys, tiles)),
             outputs: ends.then(|| TensorRows::new(&call.out, rows, 0..rows.count, tiles)),
             queries: next.and_then(|next| {
-                let Begin::Queries(queries) = &next.begin else { return None };
-                let strips = self.task.rows.len().div_ceil(Self::NR);
-                let share = queries.count * strip / strips..queries.count * (strip + 1) / strips;
-                Some(TensorRows::new(&call.q, queries, share, tiles))
+                let Begin::Tiles { rows, .. } = &next.begin else { return None };
+                Some(TensorRows::new(&call.q, rows, self.share(strip, rows.count), tiles))
             }),
         }
+    }
+
+    /// A strip's part of what the next task begins with.
+    #[inline(always)]
+    fn share(&self, strip: usize, of: usize) -> Range<usize> {
+        let strips = self.task.rows.len().div_ceil(Self::NR);
+        of * strip / strips..of * (strip + 1) / strips
+    }
+
+    /// Keys of the next block, where the strip brings in blocks that no task has read before; those of a task that will do so, where
+    /// the strip ends.
+    #[inline(always)]
+    fn next_keys(&self, strip: usize, next: Option<&Taken>, tiles: usize) -> Option<Rows> {
+        let dim = self.call.plan.shape.key_dim;
+        if let Some(Taken { begin: Begin::Tiles { keys: Some((first, stride, count)), .. }, .. }) = next {
+            let share = self.share(strip, *count);
+            let first = first.wrapping_offset(share.start as isize * stride);
+            return Some(Rows::new((first, *stride), share.len(), dim, tiles));
+        }
+        let left = self.end.saturating_sub(self.block.end).min(self.key_block);
+        if !self.reads_first || left == 0 || !self.is_last(strip) {
+            return None;
+        }
+        let first = self.keys.row(self.block.end - self.block.start);
+        Some(Rows::new((first, self.keys.stride), left, dim, tiles))
     }
 
     /// The strip that comes next, and its keys, where a mask or a bias has to be brought in for it: the one before in this

@@ -36,7 +36,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             return Some((&self.task.segment, self.task.kv_head, next));
         }
         match &self.next {
-            Some(Taken { begin: Begin::Keys(segment, head, next), .. }) => Some((segment, *head, next.clone())),
+            Some(Taken { begin: Begin::Keys(segment, head, next), .. }) => {
+                Some((segment, *head, next.clone()))
+            }
             _ => None,
         }
     }

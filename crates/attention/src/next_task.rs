@@ -29,8 +29,9 @@ pub(crate) enum Begin {
     NotAsked,
     /// For few rows: sequence, key/value head, keys.
     Keys(Segment, usize, Range<usize>),
-    /// All its rows.
-    Queries(StripRows),
+    /// Otherwise: all its query rows; the rows of its first block of keys, their distance and number, where no task before
+    /// has read them and they are read in place.
+    Tiles { rows: StripRows, keys: Option<(*const f32, isize, usize)> },
 }
 
 impl Taken {
@@ -41,7 +42,7 @@ impl Taken {
 
     /// Whether its queries were asked for.
     pub(crate) fn has_queries(&self) -> bool {
-        matches!(self.begin, Begin::Queries(_))
+        matches!(self.begin, Begin::Tiles { .. })
     }
 }
 
@@ -83,7 +84,13 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             let keys = first..end.min(visible.end);
             if keys.is_empty() { Begin::NotAsked } else { Begin::Keys(task.segment, task.kv_head, keys) }
         } else {
-            Begin::Queries(call.plan.rows_of(&task, task.rows.clone()))
+            let rows = call.plan.rows_of(&task, task.rows.clone());
+            let visible = call.visible(&task);
+            let keys = call.plan.reads_first(&task).then_some(()).and_then(|()| {
+                let (first, stride) = call.k.in_place(&task.segment, task.kv_head, visible.start)?;
+                Some((first, stride, visible.len().min(self.key_block)))
+            });
+            Begin::Tiles { rows, keys }
         };
         self.next = Some(Taken { index, begin });
     }

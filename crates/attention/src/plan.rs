@@ -344,6 +344,16 @@ impl Plan {
         Task { segment, kv_head, rows, parts: 0..parts, unit, first_slot }
     }
 
+    /// Whether keys may lie in no cache where a task reads them: it is the first in the list of its sequence and key/value head,
+    /// and they are not copied.
+    pub(crate) fn reads_first(&self, task: &Task) -> bool {
+        if !self.is_cold || self.copies[0] {
+            return false;
+        }
+        let rows = self.shape.group() * task.segment.query_len;
+        if self.longest_first { task.rows.end == rows } else { task.rows.start == 0 }
+    }
+
     fn batch_segment(&self, batch: usize, key_lengths: Option<&[usize]>) -> Segment {
         Segment {
             batch,

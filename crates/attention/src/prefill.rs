@@ -111,6 +111,8 @@ pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize, const F
     pub(crate) careful: bool,
     /// The end of the keys that the task reads.
     pub(crate) end: usize,
+    /// Whether keys are read in place, and no task before it has read this head's, so that they may lie in no cache.
+    pub(crate) reads_first: bool,
     /// The block of keys that is brought in, and where its rows are (block_rows.rs).
     pub(crate) block: Range<usize>,
     pub(crate) keys: BlockRows,
@@ -138,6 +140,7 @@ impl<'w, 'a, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW:
             hides: 0,
             careful: false,
             end: 0,
+            reads_first: !FEW && call.plan.reads_first(task),
             block: 0..0,
             keys: BlockRows::NONE,
             values: BlockRows::NONE,
