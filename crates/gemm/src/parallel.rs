@@ -201,6 +201,20 @@ mod tests {
     }
 
     #[test]
+    fn early_takers_leave_the_last_tasks_to_who_is_free() {
+        let left = Left::new(5, 2);
+        let tasks = Tasks { left: &left, taker: Taker::Start };
+        assert_eq!([tasks.take_early(), tasks.take_early(), tasks.take_early()], [Some(0), Some(1), Some(2)]);
+        assert_eq!(tasks.take_early(), None);
+        assert_eq!([tasks.take(), tasks.take(), tasks.take()], [Some(3), Some(4), None]);
+        assert_eq!(tasks.take_early(), None);
+
+        let left = Left::new(1, 1);
+        let alone = Tasks { left: &left, taker: Taker::Alone };
+        assert_eq!([alone.take_early(), alone.take_early()], [Some(0), None]);
+    }
+
+    #[test]
     fn panic_of_a_worker_reaches_the_caller() {
         let result = std::panic::catch_unwind(|| {
             run_tasks(8, |tasks| {
