@@ -109,7 +109,7 @@ impl AskRow for DataMut<'_> {
     }
 }
 
-/// Rows of a tensor, asked for some at a time.
+/// Rows of a tensor, of which some are asked for at a time.
 pub(crate) struct TensorRows<'w, T> {
     tensor: &'w T,
     rows: StripRows,
@@ -257,7 +257,7 @@ impl<'w, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: boo
         }
     }
 
-    /// A strip's part of what the next task begins with.
+    /// A strip's part of what the next task begins with, in rows.
     #[inline(always)]
     fn share(&self, strip: usize, of: usize) -> Range<usize> {
         let strips = self.task.rows.len().div_ceil(Self::NR);

@@ -1,6 +1,6 @@
 //! The task that a worker does next, taken while it ends the one before, so that what it begins with can be asked for: nothing
 //! else would. For few rows its first keys, of which such a task has little else; otherwise its query rows, which are
-//! packed before anything is computed.
+//! packed before anything is computed, and keys that may lie in no cache.
 
 use core::ops::Range;
 
@@ -86,10 +86,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         } else {
             let rows = call.plan.rows_of(&task, task.rows.clone());
             let visible = call.visible(&task);
-            let keys = call.plan.reads_first(&task).then_some(()).and_then(|()| {
-                let (first, stride) = call.k.in_place(&task.segment, task.kv_head, visible.start)?;
-                Some((first, stride, visible.len().min(self.key_block)))
-            });
+            let asks = call.plan.reads_first(&task) && !visible.is_empty();
+            let place = asks.then(|| call.k.in_place(&task.segment, task.kv_head, visible.start)).flatten();
+            let keys = place.map(|(first, stride)| (first, stride, visible.len().min(self.key_block)));
             Begin::Tiles { rows, keys }
         };
         self.next = Some(Taken { index, begin });

@@ -354,7 +354,7 @@ impl Plan {
     }
 
     /// Whether keys may lie in no cache where a task reads them: they are far, it is the first in the list of its sequence and
-    /// key/value head, and they are not copied. Without queries that are asked for, neither are they.
+    /// key/value head, and they are not copied. Where queries are not asked for, keys are not.
     pub(crate) fn reads_first(&self, task: &Task) -> bool {
         if !self.is_far || !self.is_cold || self.copies[0] {
             return false;

@@ -111,7 +111,7 @@ pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize, const F
     pub(crate) careful: bool,
     /// The end of the keys that the task reads.
     pub(crate) end: usize,
-    /// Whether keys are read in place, and no task before it has read this head's, so that they may lie in no cache.
+    /// Whether this head's keys may lie in no cache, [`Plan::reads_first`].
     pub(crate) reads_first: bool,
     /// The block of keys that is brought in, and where its rows are (block_rows.rs).
     pub(crate) block: Range<usize>,
