@@ -4,13 +4,15 @@
 //! heads of its group, the group running fastest: row r is position r / group of the group's head r % group. So grouped
 //! heads share the keys and values that a task reads, and a causal task ends where its positions end.
 //!
-//! The plan does not depend on the number of threads, and the key blocks lie on a grid that begins at key 0 and depends
-//! on the head dims alone; a row of the result therefore has the same bits for any number of threads and in any batch.
+//! The plan does not depend on the number of threads (only tasks on the machine's cores), and the key blocks lie on a
+//! grid that begins at key 0 and depends on the head dims alone; a row of the result therefore has the same bits for any
+//! number of threads and in any batch.
 
 use core::fmt;
 use core::ops::Range;
 
 use qkv_gemm::KernelShape;
+use qkv_gemm::parallel::cores;
 use qkv_simd::Isa;
 
 use crate::few_rows::{FEW_BLOCK, MOST_ROWS};
@@ -98,9 +100,10 @@ pub(crate) struct Task {
 pub(crate) const KEY_BLOCK: usize = tuned(option_env!("QKV_TUNE_KEY_BLOCK"), 128);
 
 /// Most rows of a task. The task reads all keys and values once per strip, from L2 after the first strip, so more rows
-/// mean less traffic from L3 and memory; their packed queries and outputs, 2 x 96 x 64 x 4 = 48 KiB at dim 64, leave
-/// the rest of L2 to the block of keys and values.
-const MAX_ROWS: usize = tuned(option_env!("QKV_TUNE_MAX_ROWS"), 96);
+/// mean less traffic from L3 and memory; their packed queries and outputs, 2 x 192 x 64 x 4 = 96 KiB at dim 64, leave
+/// the rest of L2 to the block of keys and values. 96 rows: the same on a Zen 4, on a Zen 5 1 % slower at S 2048 to 4096 and S 512, 3 %
+/// at batch 8, S 128, and 3 % where keys and values are widened.
+const MAX_ROWS: usize = tuned(option_env!("QKV_TUNE_MAX_ROWS"), 192);
 
 /// Scratch that the rows of one task may take (queries and outputs) before their number is cut: 512 KiB.
 const MAX_ROW_VALUES: usize = 128 << 10;
@@ -114,8 +117,9 @@ const COLD: usize = 256 << 10;
 /// (100 MiB) gained 3 % (Zen 5).
 const FAR: usize = 4 << 20;
 
-/// Tasks that a call should have before its rows are cut finer for the threads' sake.
+/// Tasks that a call should have before its rows are cut finer for the threads' sake: so many, or four for each core.
 const ENOUGH_TASKS: usize = 32;
+const TASKS_PER_CORE: usize = 4;
 
 /// The size of the parts when `total` is cut into as few as possible of at most `most`: even shares, in whole `grain`s,
 /// rather than a short last part.
@@ -190,7 +194,8 @@ impl Plan {
             Sequences::Packed(_) => group * shape.query_len,
         };
         let by_memory = MAX_ROW_VALUES / (shape.key_dim + shape.value_dim).max(1);
-        let by_tasks = all_rows.saturating_mul(shape.kv_heads).div_ceil(ENOUGH_TASKS);
+        let by_tasks =
+            all_rows.saturating_mul(shape.kv_heads).div_ceil(ENOUGH_TASKS.max(TASKS_PER_CORE * cores()));
         let most = MAX_ROWS.min(by_memory).min(by_tasks).next_multiple_of(kernel.nr).max(kernel.nr);
         let rows_per_task = even_share(rows, most, kernel.nr);
         // Only the keys of a single strip of rows are cut.

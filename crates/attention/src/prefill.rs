@@ -317,14 +317,6 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             s.store(fold_keys(s, s.load(sum), stride, |x, y| s.add(x, y)), sum);
         }
 
-        if !FEW {
-            for row in 0..LINKED_ROWS {
-                let at = self.keys.row(row);
-                for line in 0..self.call.plan.shape.key_dim / 16 {
-                    s.prefetch(at.wrapping_add(16 * line));
-                }
-            }
-        }
         let values = match &seen {
             Some(_) => {
                 let stride = self.call.plan.shape.value_dim as isize;

@@ -7,8 +7,16 @@
 //! (`helpers.rs`).
 
 use core::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::OnceLock;
 
 use crate::helpers::{Who, company, with_helpers};
+
+/// Cores that this process may use: what a plan may depend on, unlike the number of threads.
+#[must_use]
+pub fn cores() -> usize {
+    static CORES: OnceLock<usize> = OnceLock::new();
+    *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
 
 /// Who computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

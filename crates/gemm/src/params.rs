@@ -17,13 +17,11 @@
 //! a virtual machine) that others were using, so differences under 1 % mean nothing. What was tried is in
 //! `docs/KERNELS.md`.
 
-use std::sync::OnceLock;
-
 use qkv_simd::Isa;
 
 use crate::GemmError;
 use crate::cache::CacheInfo;
-use crate::parallel::Threads;
+use crate::parallel::{Threads, cores};
 use crate::shapes::KernelShape;
 
 /// Most steps of k per block; k is split into equal blocks of at most this.
@@ -227,12 +225,6 @@ pub(crate) fn pieces(len: usize, most: usize) -> usize {
 /// Most rows of A per block: a fifth of L2, which panels of B and lines of C pass through as well.
 fn rows_per_block() -> usize {
     (CacheInfo::get().l2 / 5 / (KC * size_of::<f32>())).clamp(MC / 4, MC)
-}
-
-/// Cores that this process may use.
-pub(crate) fn cores() -> usize {
-    static CORES: OnceLock<usize> = OnceLock::new();
-    *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 #[cfg(test)]
