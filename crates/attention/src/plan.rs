@@ -401,7 +401,7 @@ impl Plan {
     /// Bytes of scratch that each worker uses; not more for a longer sequence than for a long one.
     ///
     /// About `4 (rows (dk + dv + 2) + 128 NR + 128 dv + NR max(dk, dv, 128))`, and `4 x 128 NR` more with a bias; rows at
-    /// most 96 and at most 2^17 / (dk + dv), but at least NR.
+    /// most 192 and at most 2^17 / (dk + dv), but at least NR.
     #[must_use]
     pub fn scratch_bytes(&self) -> usize {
         crate::layout::Layout::new(self).total * size_of::<f32>()
