@@ -26,14 +26,14 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let strips = self.task.rows.len().div_ceil(Self::NR);
         let mut found = false;
         for strip in 0..strips {
-            found |= self.hides >> strip & 1 == 1 && self.has_nan(strip);
+            found |= self.hides >> strip & 1 == 1 && self.has_non_finite_output(strip);
         }
         found
     }
 
-    /// Whether an output of a strip is NaN, or infinite.
+    /// NaN or infinity, of which the latter costs no more than a second look.
     #[inline(always)]
-    fn has_nan(&self, strip: usize) -> bool {
+    fn has_non_finite_output(&self, strip: usize) -> bool {
         let (s, dv) = (self.s, self.call.plan.shape.value_dim);
         // Of few rows those that there are, of others all lanes: [rows][dv] and [dv][NR].
         let outputs = if FEW {

@@ -1,4 +1,4 @@
-//! Who does which part: block sizes and the list of tasks, plain data decided from shapes alone.
+//! Who does which part: block sizes and the list of tasks, plain data decided from shapes and the machine.
 //!
 //! A task is (batch, key/value head, range of query rows), where the rows of one key/value head are those of all query
 //! heads of its group, the group running fastest: row r is position r / group of the group's head r % group. So grouped

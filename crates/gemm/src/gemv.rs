@@ -21,8 +21,7 @@ use qkv_simd::Simd;
 
 use crate::driver::{Operand, Product, Weights};
 use crate::epilogue::Identity;
-use crate::parallel::cores;
-use crate::parallel::{Tasks, Threads, run_by};
+use crate::parallel::{Tasks, Threads, cores, run_by};
 use crate::params::{KC, block_depth};
 use crate::scratch::{KEPT, with_scratch};
 use crate::shapes::{KernelShape, TileOp, with_tile};
