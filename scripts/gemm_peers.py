@@ -13,7 +13,7 @@ told in peers.py. The libraries are loaded through ctypes, from whatever is inst
     blis              libblis.so.4 (Debian: libblis4-openmp; libblis4-pthread starts its threads anew in every call)
 
 A call through ctypes costs a microsecond or so, which a C program would not pay. So libc's labs is timed in the same
-way, called with the same fourteen arguments, and the least time it took is subtracted from each call's. The kernel
+way, called with the same fourteen arguments, and the least time it took in a turn is subtracted from each call's. The kernel
 that a library picked for this processor is shown (asked through threadpoolctl, where that is installed).
 
 --qkv PATH: one more column, from a program run as `PATH gemm --m M --k K --n N --seconds S` in each turn, whose last
@@ -132,14 +132,16 @@ def child(name):
         sgemm(*whole)
         error = check(shape, a, b, c)
         assert error < 1e-6 * k, f"wrong product, error {error}"
-        state.update(shape=shape, memory=(a, b, c), whole=lambda: sgemm(*whole))
-        state["overhead"] = min(peers.stretch(lambda: nothing(*whole), 0.001) for _ in range(10))
+        state.update(shape=shape, memory=(a, b, c), whole=lambda: sgemm(*whole), nothing=lambda: nothing(*whole))
         return {"error": error}
 
     def answer(shape, seconds):
         extra = {} if state.get("shape") == shape else product(shape)
-        each = peers.stretch(state["whole"], seconds) - state["overhead"]
-        return {"gflops": 2e-9 * math.prod(shape) / each, **extra}
+        # In the same turn, before and after: what it costs changes with the machine as everything does.
+        overheads = [peers.stretch(state["nothing"], 0.001) for _ in range(5)]
+        each = peers.stretch(state["whole"], seconds)
+        overheads += [peers.stretch(state["nothing"], 0.001) for _ in range(5)]
+        return {"gflops": 2e-9 * math.prod(shape) / (each - min(overheads)), **extra}
 
     def hello():
         if sgemm is not None:

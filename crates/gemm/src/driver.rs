@@ -16,9 +16,11 @@
 //! its turn comes, by the first tile that uses it where that is possible. A last panel of B that is not full is always
 //! copied, so that the tile may read whole vectors.
 
+use core::marker::PhantomData;
+
 use qkv_simd::{Isa, Simd};
 
-use crate::block::{Job, Leave, Packed, RhsPanels, macro_kernel};
+use crate::block::{Job, Leave, LhsBlock, Packed, RhsPanels, macro_kernel};
 use crate::epilogue::Identity;
 use crate::pack::{Source, copy_rows_raw, pack_lhs_raw, pack_rhs_raw};
 use crate::packed::PackedRhs;
@@ -177,7 +179,6 @@ pub(crate) fn run(product: &Product<'_>, blocking: Option<Blocking>) {
     };
     let grid = Grid {
         plan: &plan,
-        reading,
         strips: pieces(n, nc),
         ranges: pieces(m, rows),
         b_len: match product.b {
@@ -192,12 +193,27 @@ pub(crate) fn run(product: &Product<'_>, blocking: Option<Blocking>) {
         },
     };
     let tasks = pieces(batch.count, plan.batches) * grid.strips * grid.ranges;
-    let worker = |tasks: &Tasks<'_>| {
-        with_scratch(grid.b_len + grid.a_len, |scratch| {
-            with_tile(isa, Worker { product, grid: &grid, tasks, scratch });
-        });
-    };
-    run_by(plan.threads, tasks, worker);
+    // One function for each way to read A: what a compiler computes ahead of the loops for the others would be a third of the time
+    // that a product of a few tiles takes beside them.
+    run_by(plan.threads, tasks, |tasks| match reading {
+        Reading::Rows => work::<Rows>(product, &grid, tasks),
+        Reading::CopiedRows => work::<CopiedRows>(product, &grid, tasks),
+        Reading::Columns => work::<Columns>(product, &grid, tasks),
+        Reading::Panels => work::<Packed>(product, &grid, tasks),
+    });
+}
+
+/// Values from one copied row to the next: a line more than they have, so that rows of a power of two do not all fall
+/// into the same sets of L1.
+fn copied_stride(depth: usize) -> usize {
+    depth.next_multiple_of(16) + 16
+}
+
+/// A thread's share of the tasks.
+fn work<R: ReadBlock>(product: &Product<'_>, grid: &Grid<'_>, tasks: &Tasks<'_>) {
+    with_scratch(grid.b_len + grid.a_len, |scratch| {
+        with_tile(product.isa, Worker::<R> { product, grid, tasks, scratch, reading: PhantomData });
+    });
 }
 
 /// How A is read.
@@ -213,16 +229,90 @@ enum Reading {
     Panels,
 }
 
-/// Values from one copied row to the next: a line more than they have, so that rows of a power of two do not all fall
-/// into the same sets of L1.
-fn copied_stride(depth: usize) -> usize {
-    depth.next_multiple_of(16) + 16
+/// How a block of A is read: [`Reading`] as a type.
+trait ReadBlock {
+    type Block: LhsBlock;
+
+    /// A block of `rows` rows and `depth` steps, readable as the tile wants it, for which there is `room` and, where rows are
+    /// copied, `stride` values to each.
+    ///
+    /// # Safety
+    /// The source must be readable for the block, and the room have the length that [`Grid`] says.
+    unsafe fn block<S: Simd, const MR: usize>(
+        s: S,
+        source: Source,
+        size: (usize, usize),
+        room: *mut f32,
+        stride: usize,
+    ) -> Self::Block;
+}
+
+impl ReadBlock for Rows {
+    type Block = Self;
+    #[inline(always)]
+    unsafe fn block<S: Simd, const MR: usize>(
+        _: S,
+        source: Source,
+        _: (usize, usize),
+        _: *mut f32,
+        _: usize,
+    ) -> Self {
+        Self { ptr: source.ptr, stride: source.across_stride }
+    }
+}
+
+/// Rows that were copied side by side.
+struct CopiedRows;
+
+impl ReadBlock for CopiedRows {
+    type Block = Rows;
+    #[inline(always)]
+    unsafe fn block<S: Simd, const MR: usize>(
+        s: S,
+        source: Source,
+        (rows, depth): (usize, usize),
+        room: *mut f32,
+        stride: usize,
+    ) -> Rows {
+        // SAFETY: the caller's promise.
+        unsafe { copy_rows_raw(s, source, rows, depth, room, stride) };
+        Rows { ptr: room, stride: stride as isize }
+    }
+}
+
+impl ReadBlock for Columns {
+    type Block = Self;
+    #[inline(always)]
+    unsafe fn block<S: Simd, const MR: usize>(
+        _: S,
+        source: Source,
+        _: (usize, usize),
+        _: *mut f32,
+        _: usize,
+    ) -> Self {
+        Self { ptr: source.ptr, stride: source.depth_stride }
+    }
+}
+
+impl ReadBlock for Packed {
+    type Block = Self;
+    #[inline(always)]
+    unsafe fn block<S: Simd, const MR: usize>(
+        s: S,
+        source: Source,
+        (rows, depth): (usize, usize),
+        room: *mut f32,
+        _: usize,
+    ) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { pack_lhs_raw::<S, MR>(s, source, rows, depth, room) };
+        Self { ptr: room, depth, width: MR }
+    }
 }
 
 /// The tasks of a product: (group of matrices, strip of columns, range of rows), the last running fastest.
 struct Grid<'a> {
     plan: &'a Plan,
-    reading: Reading,
     strips: usize,
     ranges: usize,
     b_len: usize,
@@ -230,14 +320,15 @@ struct Grid<'a> {
 }
 
 /// A thread's share of the tasks.
-struct Worker<'a> {
+struct Worker<'a, R> {
     product: &'a Product<'a>,
     grid: &'a Grid<'a>,
     tasks: &'a Tasks<'a>,
     scratch: &'a mut [f32],
+    reading: PhantomData<R>,
 }
 
-impl TileOp for Worker<'_> {
+impl<R: ReadBlock> TileOp for Worker<'_, R> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd, const MR: usize, const NV: usize>(self, s: S) {
@@ -255,7 +346,6 @@ impl TileOp for Worker<'_> {
                     b,
                     c,
                     blocking: plan.blocking,
-                    reading: self.grid.reading,
                     batch,
                     row,
                     col,
@@ -263,7 +353,7 @@ impl TileOp for Worker<'_> {
                     cols: (self.product.n - col).min(plan.blocking.nc),
                 };
                 // SAFETY: a checked product, a part inside it that no other task has, and scratch of the planned size.
-                unsafe { part.compute::<S, MR, NV>(s, b_scratch, a_scratch) };
+                unsafe { part.compute::<S, R, MR, NV>(s, b_scratch, a_scratch) };
             }
         }
     }
@@ -276,7 +366,6 @@ struct Part<'a> {
     b: Weights<'a>,
     c: Target,
     blocking: Blocking,
-    reading: Reading,
     batch: usize,
     row: usize,
     col: usize,
@@ -290,7 +379,7 @@ impl Part<'_> {
     /// # Safety
     /// The part must lie inside its product and be no other task's; the scratch must have the lengths of [`Grid`].
     #[inline(always)]
-    unsafe fn compute<S: Simd, const MR: usize, const NV: usize>(
+    unsafe fn compute<S: Simd, R: ReadBlock, const MR: usize, const NV: usize>(
         &self,
         s: S,
         b_scratch: &mut [f32],
@@ -321,31 +410,13 @@ impl Part<'_> {
                 let ptr = self.a.at(row, start);
                 let source =
                     Source { ptr, across_stride: self.a.row_stride, depth_stride: self.a.col_stride };
-                let copy = a_scratch.as_mut_ptr();
                 // SAFETY: the job's rows and steps of k are inside A; `rhs` covers its columns; its block of C is the
                 // part's own; the scratch holds the copied block.
                 unsafe {
-                    match self.reading {
-                        Reading::Rows => {
-                            let rows = Rows { ptr, stride: self.a.row_stride };
-                            macro_kernel::<S, _, MR, NV>(s, rows, rhs, &job);
-                        }
-                        Reading::CopiedRows => {
-                            let stride = copied_stride(kc.min(p.k));
-                            copy_rows_raw(s, source, job.rows, depth, copy, stride);
-                            let rows = Rows { ptr: copy, stride: stride as isize };
-                            macro_kernel::<S, _, MR, NV>(s, rows, rhs, &job);
-                        }
-                        Reading::Columns => {
-                            let columns = Columns { ptr, stride: self.a.col_stride };
-                            macro_kernel::<S, _, MR, NV>(s, columns, rhs, &job);
-                        }
-                        Reading::Panels => {
-                            pack_lhs_raw::<S, MR>(s, source, job.rows, depth, copy);
-                            let panels = Packed { ptr: copy, depth, width: MR };
-                            macro_kernel::<S, _, MR, NV>(s, panels, rhs, &job);
-                        }
-                    }
+                    let room = a_scratch.as_mut_ptr();
+                    let lhs =
+                        R::block::<S, MR>(s, source, (job.rows, depth), room, copied_stride(kc.min(p.k)));
+                    macro_kernel::<S, _, MR, NV>(s, lhs, rhs, &job);
                 }
                 rhs.fresh = None;
             }

@@ -52,10 +52,10 @@ const WIDE: usize = 4096;
 
 /// Values of the large matrix below which the work stays on the caller's thread: half a megabyte, which is read from L2
 /// in some 10 microseconds.
-const INLINE: usize = 1 << 17;
+const INLINE: f64 = 131_072.0;
 
 /// Values from which on it is shared with a thread that is awake.
-const SHARED: usize = 1 << 15;
+const SHARED: f64 = 32_768.0;
 
 /// Most values of the few rows that are copied where they are not contiguous along k.
 const COPY: usize = 1 << 16;
@@ -183,7 +183,7 @@ impl Few<'_> {
                 with_tile(isa, Worker { few: self, tasks, lengths, step, scratch });
             });
         };
-        let work = batch.count.saturating_mul(k).saturating_mul(self.many);
+        let work = batch.count as f64 * k as f64 * self.many as f64;
         run_by(Threads::of(work, [SHARED, INLINE], count), count, worker);
     }
 

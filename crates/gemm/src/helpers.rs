@@ -19,7 +19,6 @@
 //! one.
 
 use core::any::Any;
-use core::cell::Cell;
 use core::ptr::{null_mut, without_provenance_mut};
 use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use core::time::Duration;
@@ -28,8 +27,10 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 use std::time::Instant;
 
+use crate::small_jobs::{self, Timing};
+
 /// How long a helper stays without a job.
-const LINGER: Duration = Duration::from_micros(50);
+pub(crate) const LINGER: Duration = Duration::from_micros(50);
 
 /// How long it stays in all. Then it goes back to the pool, whose other work it keeps waiting where several callers have called
 /// all of its threads; one caller leaves one free. Not as short as the jobs: a thread that is called while others of the pool
@@ -42,17 +43,6 @@ const BUSY_WAIT: Duration = Duration::from_micros(5);
 
 /// Turns of the loop of a waiting helper between two looks at the clock: a microsecond or two.
 const TURNS: usize = 64;
-
-/// Small jobs of one thread in a row after which it looks around: how long they took, and whether other threads do the same.
-const IN_A_ROW: u32 = 16;
-
-/// So many looks in a row that found it busy with nothing else, and nobody else busy with the same, let it call a helper: threads
-/// that compute side by side have no core for one.
-const LOOKS: u32 = 8;
-
-/// Small jobs that a thread does alone after a helper that had begun one kept it waiting, as happens where threads are more
-/// than cores; four times as many each time it happens again, a sixteenth fewer for each job that goes well.
-const ALONE: [u32; 2] = [64, 1 << 20];
 
 /// What a caller may have to wait for a small job that a helper has just begun.
 const LATE: Duration = Duration::from_micros(30);
@@ -104,6 +94,11 @@ pub(crate) enum Who {
     Awake,
 }
 
+/// Whether a helper is here, awake.
+pub(crate) fn one_is_here() -> bool {
+    PLACES[0].state.load(Ordering::Relaxed) == HERE
+}
+
 /// Runs `own` on this thread and `work` on up to `wanted` helpers, and says on how many. `own` is told how many it could not
 /// even be offered to, because they are other callers' at the moment or this thread has none, and others may do it instead.
 ///
@@ -118,21 +113,18 @@ pub(crate) fn with_helpers(
         own(wanted);
         return 0;
     }
+    let timing = (who == Who::Awake).then(small_jobs::begin);
     let job = Job { work, done: AtomicUsize::new(0), caller: OnceLock::new(), panic: Mutex::new(None) };
     let places = &PLACES[..wanted.min(MOST)];
     let mut offered = Offered { job: &job, places, helpers: 0, forked: false, waited: false };
     offered.offer(who);
     own(if offered.forked { 0 } else { wanted - offered.helpers });
+    let timing = timing.map(Timing::own_half_ends);
     let helped = offered.end();
     let waited = offered.waited;
     drop(offered);
-    if who == Who::Awake {
-        let row = ROW.get();
-        let [least, most] = ALONE;
-        ROW.set(match waited {
-            true => Row { left: IN_A_ROW + row.alone, alone: (4 * row.alone).min(most), ..row },
-            false => Row { alone: (row.alone - row.alone / 16).max(least), ..row },
-        });
+    if let Some(timing) = timing {
+        timing.end(helped > 0, waited);
     }
     if let Some(panic) = job.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
         resume_unwind(panic);
@@ -326,62 +318,6 @@ unsafe fn finish(job: *const Job<'_>) {
     }
 }
 
-/// Small jobs of a thread in a row.
-#[derive(Clone, Copy)]
-struct Row {
-    /// Jobs until the next look; while there are more than [`IN_A_ROW`], no helper is used.
-    left: u32,
-    /// What is added to that the next time a helper keeps the thread waiting.
-    alone: u32,
-    /// The last look, and how many before it found this thread busy, and alone with that.
-    look: Option<Instant>,
-    looks: u32,
-}
-
-thread_local! {
-    static ROW: Cell<Row> = const { Cell::new(Row { left: IN_A_ROW, alone: ALONE[0], look: None, looks: 0 }) };
-}
-
-/// The thread that looked last, as the address of its [`ROW`].
-static LAST: AtomicUsize = AtomicUsize::new(0);
-
-/// Whether a job so small that nobody is woken for it finds a helper awake. A thread that asks often enough is the reason for
-/// one to be woken, in time for the next.
-pub(crate) fn company() -> bool {
-    if rayon::current_thread_index().is_some() {
-        return false;
-    }
-    let mut row = ROW.get();
-    if row.left == 1 {
-        row.look_around();
-    } else {
-        row.left -= 1;
-    }
-    ROW.set(row);
-    row.left <= IN_A_ROW && PLACES[0].state.load(Ordering::Relaxed) == HERE
-}
-
-impl Row {
-    #[cold]
-    fn look_around(&mut self) {
-        let now = Instant::now();
-        let me = ROW.with(|row| (&raw const *row).addr());
-        // Half of the time a helper would stay.
-        let busy = self.look.is_some_and(|look| now - look < LINGER * IN_A_ROW / 2);
-        let alone = LAST.load(Ordering::Relaxed) == me;
-        if !alone {
-            LAST.store(me, Ordering::Relaxed);
-        }
-        self.look = Some(now);
-        self.looks = if busy && alone { self.looks + 1 } else { 0 };
-        self.left = IN_A_ROW + u32::from(!alone) * ALONE[0];
-        if self.looks >= LOOKS && rayon::current_num_threads() > 1 {
-            // Only to be there.
-            let _ = with_helpers(1, Who::All, &|| {}, |_| {});
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -468,22 +404,5 @@ mod tests {
         assert!(own.is_err() && runs <= 1);
         // Both went on.
         assert!(once_helped(Who::All, &|| {}) > 0 || !threads());
-    }
-
-    #[test]
-    fn small_jobs_in_a_row_get_company() {
-        let busy = || {
-            for _ in 0..200 {
-                core::hint::spin_loop();
-            }
-        };
-        let helped = (0..100_000).any(|_| {
-            let awake = company();
-            busy();
-            awake && with_helpers(1, Who::Awake, &busy, |_| busy()) > 0
-        });
-        assert!(helped || !threads(), "not one of 100 000 jobs");
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("a small pool");
-        assert!(!pool.install(|| (0..1000).any(|_| company())), "a pool's thread has no helpers");
     }
 }

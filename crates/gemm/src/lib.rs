@@ -47,6 +47,7 @@ mod params;
 mod row_tiles;
 mod scratch;
 mod shapes;
+mod small_jobs;
 mod stream;
 pub mod tile;
 mod writeback;

@@ -2,14 +2,15 @@
 //!
 //! A computation is a list of tasks whose number follows from its shape alone. Workers take the next task from one
 //! atomic counter, so uneven tasks and busy cores even out by themselves, and nothing that is computed depends on who
-//! took what. Small work stays on the calling thread, or is halved with one that is awake. The calling thread is one of
-//! the workers, inside a pool or outside; outside, the others are helpers that stay awake for a moment after a call
-//! (`helpers.rs`).
+//! took what. Small work stays on the calling thread, or is halved with one that is awake, where that is worth it
+//! (`small_jobs.rs`). The calling thread is one of the workers, inside a pool or outside; outside, the others are helpers
+//! that stay awake for a moment after a call (`helpers.rs`).
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::OnceLock;
 
-use crate::helpers::{Who, company, with_helpers};
+use crate::helpers::{Who, with_helpers};
+use crate::small_jobs::company;
 
 /// Cores that this process may use: what a plan may depend on, unlike the number of threads.
 #[must_use]
@@ -30,15 +31,16 @@ pub enum Threads {
 }
 
 impl Threads {
-    /// For `work`, in any unit, of at most `tasks` tasks: all from `all` on, and from `shared` on who is awake anyway.
+    /// For `work`, in any unit, of at most `tasks` tasks: all from `all` on, and from `shared` on who is awake anyway, unless the
+    /// last hand-overs have taken too long for so little.
     ///
     /// To be asked once for each computation: who asks often is the reason for a thread to stay awake.
-    pub fn of<W: PartialOrd>(work: W, [shared, all]: [W; 2], tasks: usize) -> Self {
+    pub fn of(work: f64, [shared, all]: [f64; 2], tasks: usize) -> Self {
         if tasks <= 1 {
             Self::Caller
         } else if work >= all {
             Self::All
-        } else if work >= shared && company() {
+        } else if work >= shared && company((work / shared) as f32) {
             Self::Awake
         } else {
             Self::Caller

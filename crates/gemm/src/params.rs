@@ -184,7 +184,7 @@ impl Plan {
         let (mut strips, mut ranges) = (n.div_ceil(NC).max(1), m.div_ceil(ROWS).max(1));
         // The most tasks that there could be.
         let tiles = batches.saturating_mul(n.div_ceil(nr)).saturating_mul(m.div_ceil(mr));
-        let threads = Threads::of(work.saturating_mul(batches), [SHARED, INLINE], tiles);
+        let threads = Threads::of(work as f64 * batches as f64, [SHARED as f64, INLINE as f64], tiles);
         let (wanted, task) = match threads {
             Threads::Caller => (1, TASK),
             Threads::Awake => (2, SHARED / 2),
