@@ -324,8 +324,8 @@ impl Plan {
         self.tasks
     }
 
-    /// Tasks of one head are neighbours, so that its keys and values are still in the shared cache; under a causal
-    /// mask the last rows, which see most, come first, so that the list ends with short tasks.
+    /// Tasks of one head are neighbours, so that its keys and values are still in a cache; under a causal mask the last rows,
+    /// which see most, come first, so that every head, and so a worker's share of them, ends with short tasks.
     pub(crate) fn task(&self, index: usize) -> Task {
         let (shape, group) = (&self.shape, self.shape.group());
         let (segment, index) = match &self.sequences {

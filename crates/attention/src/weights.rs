@@ -4,7 +4,7 @@
 
 use core::ops::Range;
 
-use qkv_gemm::parallel::{Threads, run_in_order_by};
+use qkv_gemm::parallel::run_tasks;
 use qkv_gemm::with_tile;
 use qkv_simd::math::exp2_nonpositive;
 use qkv_simd::{Isa, Simd, SimdOp};
@@ -100,7 +100,7 @@ fn weights_of(
         plan,
         shared: None,
     };
-    run_in_order_by(Threads::All, tasks.len(), |numbers| {
+    run_tasks(tasks.len(), |numbers| {
         while let Some(index) = numbers.take() {
             with_tile(isa, Prefill { call: &call, task: tasks[index].clone(), asked: false, tasks: None });
         }

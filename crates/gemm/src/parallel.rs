@@ -1,11 +1,13 @@
 //! Tasks over the caller's rayon pool.
 //!
-//! A computation is a list of tasks whose number follows from its shape alone. Workers take the next task from one
-//! atomic counter, so uneven tasks and busy cores even out by themselves, and nothing that is computed depends on who
-//! took what. Small work stays on the calling thread, or is halved with one that is awake, where that is worth it
+//! A computation is a list of tasks whose number follows from its shape alone. Workers take one after the other, each from
+//! a share of its own first, so uneven tasks and busy cores even out by themselves, and nothing that is computed depends
+//! on who took what. Small work stays on the calling thread, or is halved with one that is awake, where that is worth it
 //! (`small_jobs.rs`). The calling thread is one of the workers, inside a pool or outside; outside, the others are helpers
 //! that stay awake for a moment after a call (`helpers.rs`).
 
+use core::cell::Cell;
+use core::ops::Range;
 use core::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::OnceLock;
 
@@ -50,36 +52,62 @@ impl Threads {
 
 /// The tasks that are left, as one worker sees them.
 #[derive(Clone, Copy, Debug)]
-pub struct Tasks<'a> {
-    left: &'a Left,
-    taker: Taker,
+pub struct Tasks<'a>(Source<'a>);
+
+/// Where a worker's tasks come from.
+#[derive(Clone, Copy, Debug)]
+enum Source<'a> {
+    /// From a list that no other worker has: the next one and the end.
+    Own(&'a Cell<usize>, usize),
+    /// From one that several have, of which this worker begins with a share.
+    Shared(&'a Left, usize),
 }
 
-/// Who takes tasks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Taker {
-    /// The only worker.
-    Alone,
-    /// One of several that takes from the start.
-    Start,
-    /// One of several that takes from the end.
-    End,
+/// Most shares of a list of tasks: workers beyond them begin with another's.
+const SHARES: usize = 8;
+
+/// Part of a list of tasks. Alone on two lines of the cache, which are fetched in pairs: workers who have not done theirs do not
+/// disturb each other.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Share {
+    next: AtomicUsize,
+    end: usize,
 }
 
 /// The tasks that are left.
 #[derive(Debug)]
 struct Left {
-    count: usize,
+    shares: [Share; SHARES],
+    /// Shares that the list was cut into.
+    cut: usize,
     workers: usize,
-    taken: AtomicUsize,
-    from_the_start: AtomicUsize,
-    from_the_end: AtomicUsize,
+    arrived: AtomicUsize,
 }
 
 impl Left {
-    fn new(count: usize, workers: usize) -> Self {
-        let zero = || AtomicUsize::new(0);
-        Self { count, workers, taken: zero(), from_the_start: zero(), from_the_end: zero() }
+    fn new(tasks: Range<usize>, workers: usize) -> Self {
+        let cut = workers.clamp(1, SHARES);
+        let (each, more) = (tasks.len() / cut, tasks.len() % cut);
+        let mut begin = tasks.start;
+        let shares = core::array::from_fn(|share| {
+            let next = AtomicUsize::new(begin);
+            if share < cut {
+                begin += each + usize::from(share < more);
+            }
+            Share { next, end: begin }
+        });
+        Self { shares, cut, workers, arrived: AtomicUsize::new(0) }
+    }
+
+    /// The tasks of a worker who has just come: the calling thread first.
+    fn tasks(&self) -> Tasks<'_> {
+        Tasks(Source::Shared(self, self.arrived.fetch_add(1, Ordering::Relaxed) % self.cut))
+    }
+
+    fn count(&self) -> usize {
+        let left = |share: &Share| share.end.saturating_sub(share.next.load(Ordering::Relaxed));
+        self.shares[..self.cut].iter().map(left).sum()
     }
 }
 
@@ -87,48 +115,49 @@ impl Tasks<'_> {
     /// [`Self::take`] for a worker that has not finished its task yet: none where so few are left that another worker might
     /// have begun it sooner.
     pub fn take_early(&self) -> Option<usize> {
-        let left = self.left;
-        let taken = left.taken.load(Ordering::Relaxed);
-        (self.taker == Taker::Alone || taken + left.workers < left.count).then(|| self.take()).flatten()
+        match self.0 {
+            Source::Shared(left, _) if left.count() <= left.workers => None,
+            _ => self.take(),
+        }
     }
 
-    /// The next task, if any is left: the caller's thread takes them from the start, the others from the end.
+    /// The next task, if any is left: of the worker's own share, and then of others'.
     ///
-    /// A caller that computes the same product again then finds its part of the operands and of C in its own cache.
+    /// A caller that computes the same again then finds its part of the operands and of the result in its own cache.
     pub fn take(&self) -> Option<usize> {
-        let left = self.left;
-        if self.taker == Taker::Alone {
+        let (Left { shares, cut, .. }, own) = match self.0 {
+            Source::Shared(left, own) => (left, own),
             // Not one locked instruction: it would wait until all that was computed before is in L1, a tenth of a
             // microsecond, twice a call.
-            let task = left.taken.load(Ordering::Relaxed);
-            left.taken.store(task + 1, Ordering::Relaxed);
-            return (task < left.count).then_some(task);
+            Source::Own(next, end) => return (next.get() < end).then(|| next.replace(next.get() + 1)),
+        };
+        let (before, from_own) = shares[..*cut].split_at(own);
+        for share in from_own.iter().chain(before) {
+            // Relaxed is enough: the counters order nothing but themselves; the scope's end publishes what tasks wrote.
+            // Looked at first: shares that are done stay in every cache.
+            if share.next.load(Ordering::Relaxed) < share.end {
+                let task = share.next.fetch_add(1, Ordering::Relaxed);
+                if task < share.end {
+                    return Some(task);
+                }
+            }
         }
-        // Relaxed is enough: the counters order nothing but themselves; the scope's end publishes what tasks wrote.
-        if left.taken.fetch_add(1, Ordering::Relaxed) >= left.count {
-            return None;
-        }
-        // As no more than `count` get here, the two ends do not meet.
-        Some(if self.taker == Taker::End {
-            left.count - 1 - left.from_the_end.fetch_add(1, Ordering::Relaxed)
-        } else {
-            left.from_the_start.fetch_add(1, Ordering::Relaxed)
-        })
+        None
     }
 }
 
 /// [`run_tasks`] by the threads that are given.
 pub fn run_by(threads: Threads, count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
     match threads {
-        Threads::Caller => run_inline(count, worker),
+        Threads::Caller => run_inline(0..count, worker),
         Threads::Awake => run_halves(count, worker),
         Threads::All => run_tasks(count, worker),
     }
 }
 
-/// Runs `worker` on the caller's thread alone.
-fn run_inline(count: usize, worker: impl FnOnce(&Tasks<'_>)) {
-    worker(&Tasks { left: &Left::new(count, 1), taker: Taker::Alone });
+/// Runs `worker` on this thread alone.
+fn run_inline(tasks: Range<usize>, worker: impl FnOnce(&Tasks<'_>)) {
+    worker(&Tasks(Source::Own(&Cell::new(tasks.start), tasks.end)));
 }
 
 /// Runs `worker` on up to `count` threads at once, each of which takes tasks until none is left.
@@ -136,50 +165,36 @@ fn run_inline(count: usize, worker: impl FnOnce(&Tasks<'_>)) {
 /// With one thread or one task it runs on the caller's thread and rayon is not touched. A panic in a worker surfaces
 /// here after the others have finished.
 pub fn run_tasks(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
-    run(count, Taker::End, worker);
-}
-
-/// [`run_by`] with all threads taking from the start: for a list that has its longest tasks there.
-pub fn run_in_order_by(threads: Threads, count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
-    match threads {
-        Threads::All => run(count, Taker::Start, worker),
-        few => run_by(few, count, worker),
+    let workers = if count <= 1 { 1 } else { rayon::current_num_threads().min(count) };
+    if workers <= 1 {
+        return run_inline(0..count, worker);
     }
+    let left = Left::new(0..count, workers);
+    // First: this thread's share is the same every time.
+    let own = left.tasks();
+    let help = || worker(&left.tasks());
+    with_helpers(workers - 1, Who::All, &help, |missing| {
+        if missing == 0 {
+            return worker(&own);
+        }
+        // A worker of a pool, which does itself what nobody else begins, or a caller whose helpers are others' at the moment.
+        rayon::in_place_scope(|scope| {
+            for _ in 0..missing {
+                scope.spawn(|_| help());
+            }
+            worker(&own);
+        });
+    });
 }
 
 /// The first half of the tasks here and the second on a thread that is awake, if one still is.
 fn run_halves(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
     let half = count.div_ceil(2);
-    let run = |first: usize, count: usize| {
-        let left = Left::new(count, 1);
-        left.taken.store(first, Ordering::Relaxed);
-        worker(&Tasks { left: &left, taker: Taker::Alone });
-    };
+    let run = |tasks| run_inline(tasks, &worker);
     // Whether the helper has begun is all that the two have to agree about.
-    if with_helpers(1, Who::Awake, &|| run(half, count), |_| run(0, half)) == 0 {
-        run(half, count);
+    if with_helpers(1, Who::Awake, &|| run(half..count), |_| run(0..half)) == 0 {
+        run(half..count);
     }
-}
-
-fn run(count: usize, others: Taker, worker: impl Fn(&Tasks<'_>) + Sync) {
-    let workers = if count <= 1 { 1 } else { rayon::current_num_threads().min(count) };
-    if workers <= 1 {
-        return run_inline(count, worker);
-    }
-    let left = Left::new(count, workers);
-    let work = |taker| worker(&Tasks { left: &left, taker });
-    with_helpers(workers - 1, Who::All, &|| work(others), |missing| {
-        if missing == 0 {
-            return work(Taker::Start);
-        }
-        // A worker of a pool, which does itself what nobody else begins, or a caller whose helpers are others' at the moment.
-        rayon::in_place_scope(|scope| {
-            for _ in 0..missing {
-                scope.spawn(|_| work(others));
-            }
-            work(Taker::Start);
-        });
-    });
 }
 
 #[cfg(test)]
@@ -212,16 +227,27 @@ mod tests {
 
     #[test]
     fn early_takers_leave_the_last_tasks_to_who_is_free() {
-        let left = Left::new(5, 2);
-        let tasks = Tasks { left: &left, taker: Taker::Start };
+        let left = Left::new(0..5, 2);
+        let tasks = left.tasks();
         assert_eq!([tasks.take_early(), tasks.take_early(), tasks.take_early()], [Some(0), Some(1), Some(2)]);
         assert_eq!(tasks.take_early(), None);
         assert_eq!([tasks.take(), tasks.take(), tasks.take()], [Some(3), Some(4), None]);
         assert_eq!(tasks.take_early(), None);
 
-        let left = Left::new(1, 1);
-        let alone = Tasks { left: &left, taker: Taker::Alone };
+        let next = Cell::new(0);
+        let alone = Tasks(Source::Own(&next, 1));
         assert_eq!([alone.take_early(), alone.take_early()], [Some(0), None]);
+    }
+
+    #[test]
+    fn workers_do_their_own_share_and_then_others() {
+        let left = Left::new(3..10, 3);
+        let workers = [(); 3].map(|()| left.tasks());
+        assert_eq!(workers.map(|worker| worker.take()), [Some(3), Some(6), Some(8)]);
+        let rest: Vec<_> = core::iter::from_fn(|| workers[1].take()).collect();
+        assert_eq!(rest, [7, 9, 4, 5]);
+        assert_eq!(workers.map(|worker| worker.take()), [None; 3]);
+        assert_eq!(left.count(), 0);
     }
 
     #[test]

@@ -6,10 +6,10 @@
 //! caller's half and `wait` what it then waits for the other,
 //!
 //! ```text
-//! alone   2 own                      shared   own + wait               worth it where   wait < own
+//! alone   2 own                   shared   own + wait                  worth it where   wait < own / 2
 //! ```
 //!
-//! and as the wait does not depend on the size, jobs are worth sharing from the size `size * wait / own` on.
+//! and as the wait does not depend on the size, jobs are worth sharing from the size `size * 2 wait / own` on.
 
 use core::cell::Cell;
 use core::sync::atomic::{AtomicUsize, Ordering};
@@ -36,9 +36,9 @@ const DECLINED: u32 = 1 << 14;
 /// A sample says only in which direction, as some are far off: of the first ones after a helper was called, most.
 const STEP: f32 = 1.1;
 
-/// What is asked for beyond what a sample says: a half that is shared takes a tenth to a fifth longer than one that is not, as
-/// the other core takes lines of the cache away.
-const WORTH: f32 = 1.4;
+/// What sharing has to gain: a seventh of the time, or the other core is better left to others. With `wait = own / 2` it does,
+/// because a half that is shared takes a tenth longer than one that is not; `wait = own / 1.4` gains nothing.
+const WORTH: f32 = 2.0;
 
 /// Small jobs of a thread in a row.
 #[derive(Clone, Copy)]
