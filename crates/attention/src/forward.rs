@@ -1,6 +1,6 @@
 //! The way in: checks, then the plan, then the tasks.
 
-use qkv_gemm::parallel::{Tasks, Threads, run_by};
+use qkv_gemm::parallel::{Tasks, Threads, run_groups_by};
 use qkv_gemm::with_tile;
 use qkv_simd::Isa;
 
@@ -176,7 +176,7 @@ pub(crate) fn run<R: ScoreRule>(
     };
     let tasks = call.plan.tasks();
     let threads = Threads::of(shape.flops(spec.causal), [SHARED_FLOPS, INLINE_FLOPS], tasks);
-    run_by(threads, tasks, work);
+    run_groups_by(threads, tasks, call.plan.group(), work);
     Ok(())
 }
 

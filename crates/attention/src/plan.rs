@@ -324,6 +324,16 @@ impl Plan {
         self.tasks
     }
 
+    /// Tasks that are to be begun in their order, the longest first: those of a head, where they are as many for each.
+    pub(crate) fn group(&self) -> usize {
+        let segment = match &self.sequences {
+            Sequences::Batches { .. } => self.batch_segment(0, None),
+            Sequences::Packed(all) if all.len() == 1 => all[0].0,
+            Sequences::Packed(_) => return 1,
+        };
+        if self.longest_first { self.tasks_of(&segment) / self.shape.kv_heads.max(1) } else { 1 }
+    }
+
     /// Tasks of one head are neighbours, so that its keys and values are still in a cache; under a causal mask the last rows,
     /// which see most, come first, so that every head, and so a worker's share of them, ends with short tasks.
     pub(crate) fn task(&self, index: usize) -> Task {

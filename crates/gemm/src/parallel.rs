@@ -86,14 +86,17 @@ struct Left {
 }
 
 impl Left {
-    fn new(tasks: Range<usize>, workers: usize) -> Self {
-        let cut = workers.clamp(1, SHARES);
-        let (each, more) = (tasks.len() / cut, tasks.len() % cut);
-        let mut begin = tasks.start;
+    /// `count` tasks in as even shares as may be, of whole groups.
+    fn new(count: usize, group: usize, workers: usize) -> Self {
+        let group = group.max(1);
+        let groups = count.div_ceil(group);
+        let cut = workers.min(groups).clamp(1, SHARES);
+        let (each, more) = (groups / cut, groups % cut);
+        let mut begin = 0;
         let shares = core::array::from_fn(|share| {
             let next = AtomicUsize::new(begin);
             if share < cut {
-                begin += each + usize::from(share < more);
+                begin = count.min(begin + group * (each + usize::from(share < more)));
             }
             Share { next, end: begin }
         });
@@ -148,10 +151,16 @@ impl Tasks<'_> {
 
 /// [`run_tasks`] by the threads that are given.
 pub fn run_by(threads: Threads, count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
+    run_groups_by(threads, count, 1, worker);
+}
+
+/// [`run_by`] for a list of groups of `group` tasks, of which each begins with its longest: no share begins inside a group, so
+/// that the last tasks to be done are short ones.
+pub fn run_groups_by(threads: Threads, count: usize, group: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
     match threads {
         Threads::Caller => run_inline(0..count, worker),
         Threads::Awake => run_halves(count, worker),
-        Threads::All => run_tasks(count, worker),
+        Threads::All => run_all(count, group, worker),
     }
 }
 
@@ -165,11 +174,15 @@ fn run_inline(tasks: Range<usize>, worker: impl FnOnce(&Tasks<'_>)) {
 /// With one thread or one task it runs on the caller's thread and rayon is not touched. A panic in a worker surfaces
 /// here after the others have finished.
 pub fn run_tasks(count: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
+    run_all(count, 1, worker);
+}
+
+fn run_all(count: usize, group: usize, worker: impl Fn(&Tasks<'_>) + Sync) {
     let workers = if count <= 1 { 1 } else { rayon::current_num_threads().min(count) };
     if workers <= 1 {
         return run_inline(0..count, worker);
     }
-    let left = Left::new(0..count, workers);
+    let left = Left::new(count, group, workers);
     // First: this thread's share is the same every time.
     let own = left.tasks();
     let help = || worker(&left.tasks());
@@ -227,7 +240,7 @@ mod tests {
 
     #[test]
     fn early_takers_leave_the_last_tasks_to_who_is_free() {
-        let left = Left::new(0..5, 2);
+        let left = Left::new(5, 1, 2);
         let tasks = left.tasks();
         assert_eq!([tasks.take_early(), tasks.take_early(), tasks.take_early()], [Some(0), Some(1), Some(2)]);
         assert_eq!(tasks.take_early(), None);
@@ -241,13 +254,26 @@ mod tests {
 
     #[test]
     fn workers_do_their_own_share_and_then_others() {
-        let left = Left::new(3..10, 3);
+        let left = Left::new(7, 1, 3);
         let workers = [(); 3].map(|()| left.tasks());
-        assert_eq!(workers.map(|worker| worker.take()), [Some(3), Some(6), Some(8)]);
+        assert_eq!(workers.map(|worker| worker.take()), [Some(0), Some(3), Some(5)]);
         let rest: Vec<_> = core::iter::from_fn(|| workers[1].take()).collect();
-        assert_eq!(rest, [7, 9, 4, 5]);
+        assert_eq!(rest, [4, 6, 1, 2]);
         assert_eq!(workers.map(|worker| worker.take()), [None; 3]);
         assert_eq!(left.count(), 0);
+
+        for (count, group, first) in [
+            (7, 3, [Some(0), Some(3), Some(6)]),
+            (12, 4, [Some(0), Some(4), Some(8)]),
+            (9, 4, [Some(0), Some(4), Some(8)]),
+            (8, 4, [Some(0), Some(4), Some(1)]),
+            (2, 5, [Some(0), Some(1), None]),
+            (0, 1, [None; 3]),
+        ] {
+            let left = Left::new(count, group, 3);
+            let taken = [(); 3].map(|()| left.tasks().take());
+            assert_eq!(taken, first, "{count} tasks by {group}");
+        }
     }
 
     #[test]
