@@ -9,6 +9,7 @@ use qkv_simd::Simd;
 
 use crate::few_rows::FEW_BLOCK;
 use crate::interval::{Segment, visible};
+use crate::plan::Task;
 use crate::prefill::Worker;
 use crate::rule::ScoreRule;
 use crate::strip::StripRows;
@@ -85,12 +86,34 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             if keys.is_empty() { Begin::NotAsked } else { Begin::Keys(task.segment, task.kv_head, keys) }
         } else {
             let rows = call.plan.rows_of(&task, task.rows.clone());
-            let visible = call.visible(&task);
-            let asks = call.plan.reads_first(&task) && !visible.is_empty();
-            let place = asks.then(|| call.k.in_place(&task.segment, task.kv_head, visible.start)).flatten();
-            let keys = place.map(|(first, stride)| (first, stride, visible.len().min(self.key_block)));
+            let new = self.new_keys(&task);
+            let place =
+                if new.is_empty() { None } else { call.k.in_place(&task.segment, task.kv_head, new.start) };
+            let keys = place.map(|(first, stride)| (first, stride, new.len().min(self.key_block)));
             Begin::Tiles { rows, keys }
         };
         self.next = Some(Taken { index, begin });
+    }
+
+    /// The keys that the next task begins with and that may lie in no near cache.
+    fn new_keys(&self, next: &Task) -> Range<usize> {
+        let (call, all) = (self.call, self.call.visible(next));
+        if call.plan.reads_first(next) {
+            return all;
+        }
+        if !call.plan.slides {
+            return 0..0;
+        }
+        let last = next.rows.start + (next.rows.len() - 1) / Self::NR * Self::NR;
+        let rows = call.plan.rows_of(next, last..next.rows.end);
+        let first = visible(call.spec, &next.segment, rows.queries()).any;
+        let seen = call.visible(self.task);
+        if next.segment != self.task.segment || next.kv_head != self.task.kv_head {
+            first
+        } else if first.start < seen.start {
+            first.start..first.end.min(seen.start)
+        } else {
+            first.start.max(seen.end).min(first.end)..first.end
+        }
     }
 }

@@ -159,6 +159,9 @@ pub struct Plan {
     pub(crate) is_cold: bool,
     /// Whether keys and values are too large to be still in any cache.
     is_far: bool,
+    /// Whether keys fall out of sight as queries go on, so that each strip of rows sees some that the one before did not and
+    /// that may lie in no near cache; and whether that is worth asking for them.
+    pub(crate) slides: bool,
     /// Whether blocks of keys and of values are copied: widened, or gathered from pages.
     pub(crate) copies: [bool; 2],
     /// Whether keys may be cut into parts, and whether these are tasks of their own.
@@ -213,6 +216,9 @@ impl Plan {
             }
         };
         let units = count * shape.kv_heads;
+        let is_cold = all_rows.saturating_mul(shape.kv_heads * (shape.key_dim + shape.value_dim)) > COLD;
+        let copies = [k.is_copied(), v.is_copied()];
+        let leaves = spec.window.is_some_and(|window| window.left.is_some()) || spec.documents.is_some();
         let plan = Self {
             shape,
             kernel,
@@ -221,10 +227,11 @@ impl Plan {
             tasks: 0,
             longest_first: spec.causal.is_some(),
             has_panels: crate::panels::has_bias(spec),
-            is_cold: all_rows.saturating_mul(shape.kv_heads * (shape.key_dim + shape.value_dim)) > COLD,
+            is_cold,
+            slides: leaves && is_cold && copies == [false; 2],
             is_far: shape.batch.saturating_mul(shape.kv_heads).saturating_mul(shape.key_len)
                 > FAR / (shape.key_dim + shape.value_dim).max(1),
-            copies: [k.is_copied(), v.is_copied()],
+            copies,
             has_parts: true,
             splits: most_parts > 1 && units < ENOUGH_UNITS,
             most_parts,

@@ -396,12 +396,13 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let panel = if call.plan.has_panels { keys.len() * Self::NR } else { 0 };
         let bias =
             BiasPanel::new(s, spec, rows, keys, (&mut self.scratch.bias[..panel], &mut *self.scratch.rows));
+        // Without an edge in these keys nobody asks. Not a closure: that would be compiled without the instruction set.
+        let ends = if visible.is_whole(keys) { None } else { Some(Ends::new(s, spec, rows, keys.start)) };
         let tile_ops = TileOps {
             unit: call.units.unit,
             bias: call.plan.has_panels,
             bits: (bits == Bits::Some).then_some(&*self.scratch.bits),
-            // Without an edge in these keys nobody asks.
-            ends: (!visible.is_whole(keys)).then(|| Ends::new(s, spec, rows, keys.start)),
+            ends,
             whole: visible.whole.start.saturating_sub(keys.start)
                 ..visible.whole.end.saturating_sub(keys.start),
         };
@@ -457,13 +458,17 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 return (max, bias.masks, Self::NR);
             }
         }
+        let lanes = if alibi || R::ACTIVE {
+            Some(StripLanes::new(s, spec, rows, call.plan.shape.query_heads, call.units.unit))
+        } else {
+            None
+        };
         let max = s.vectorize(ScorePass {
             s,
             scores: &mut self.scratch.scores[..keys.len() * Self::NR],
             computed: runs.as_slice(),
             cap: call.units.cap,
-            lanes: (alibi || R::ACTIVE)
-                .then(|| StripLanes::new(s, spec, rows, call.plan.shape.query_heads, call.units.unit)),
+            lanes,
             alibi,
             rule: call.rule,
             batch: rows.segment.index,
