@@ -16,7 +16,7 @@ use qkv_simd::{Isa, Simd};
 
 use crate::pack::{Source, pack_rhs_raw};
 use crate::row_tiles::{next_rows, with_rows};
-use crate::tile::{Acc, Columns, Lhs, Rhs, Rows, tile, tile_packing};
+use crate::tile::{Acc, Columns, Lhs, Rhs, Rows, tile, tile_onto, tile_packing};
 use crate::writeback::{BiasFloor, Block, Finish, Plain, Scale, Simple, Target, store_registers};
 
 /// Where tile number `index`, which starts at row `row` of a block of A, finds its scalars.
@@ -159,11 +159,16 @@ pub(crate) unsafe fn macro_kernel<S: Simd, A: LhsBlock, const MR: usize, const N
             let a = lhs.tile(index, row);
             let c = job.c.at(row, col);
             with_rows!(rows, MR, R => {
-                prefetch_target::<S, R>(s, c, nr);
                 ahead.prefetch(s);
+                let half = job.depth / 8 * 4;
                 // SAFETY: R rows, NR columns and `depth` steps of both sides are readable, says the caller.
                 unsafe {
-                    let acc = tile::<S, A::Lhs, R, NV>(s, job.depth, a, b);
+                    let acc = tile::<S, A::Lhs, R, NV>(s, half, a, b);
+                    // Not sooner: rows of C often share a set of L1 with each other and with the panel of B, whose lines
+                    // would push them out before the tile ends.
+                    prefetch_target::<S, R>(s, c, nr);
+                    let later = Rhs { ptr: b.ptr.wrapping_offset(half as isize * b.stride), ..b };
+                    let acc = tile_onto::<S, A::Lhs, R, NV>(s, job.depth - half, a.advanced(half), later, acc);
                     emit::<S, R, NV>(s, acc, job, (row, col, cols), c, &mut spill);
                 }
             });
