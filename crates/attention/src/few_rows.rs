@@ -200,13 +200,14 @@ fn ask<S: Simd, T>(s: S, at: *const T, count: usize) {
     }
 }
 
-/// Whether a kernel asks for what follows a run. Where a line is little work, for one query row and in f32 for two, only if it
-/// lies elsewhere: the hardware's own streams are quicker. From memory, dim 128, one thread on Zen 4, of the time that asking for
-/// all takes: f32 with one query row 0.83, with two 0.81, with four within 2 %; bf16 with two 1.21.
-/// On Zen 5 f32 with four 1.6.
+/// Whether a kernel asks for what follows a run. In f32 for one and two query rows, where a line is little work, only if it lies
+/// elsewhere: the hardware's own streams are enough. Narrower rows are more work a line, so that fewer lines ahead are under way by
+/// themselves. From memory, dim 128, of the time without asking: one thread on Zen 4 f32 with one query row 1.20, with two 1.23, with
+/// four within 2 %, bf16 with two 0.83; on Zen 5 f32 with four 0.63, with one query row bf16 0.82, f16 0.79, int8 0.69, and with two
+/// threads that may read 83 GB/s 0.71, 0.69 and 0.67.
 #[inline(always)]
 fn asks<T, const R: usize>(run: &RowRun) -> bool {
-    R > if size_of::<T>() == size_of::<f32>() { 2 } else { 1 } || !run.goes_on
+    size_of::<T>() < size_of::<f32>() || R > 2 || !run.goes_on
 }
 
 /// [`FewScores`] of a type, `R` query rows, `KEYS` keys at a time.
