@@ -14,6 +14,7 @@ mod error;
 mod few_ahead;
 mod few_rows;
 mod finish;
+mod fold;
 mod forward;
 mod hidden;
 mod interval;

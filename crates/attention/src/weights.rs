@@ -10,11 +10,12 @@ use qkv_simd::math::exp2_nonpositive;
 use qkv_simd::{Isa, Simd, SimdOp};
 
 use crate::check::{MAX_LENGTH, check_inputs};
+use crate::fold::BlockScores;
 use crate::forward::batches;
 use crate::kv_rows::KvRows;
 use crate::online_softmax::{InverseSum, reference};
 use crate::plan::{Plan, Task};
-use crate::prefill::{BlockScores, Call, Prefill, Worker};
+use crate::prefill::{Call, Prefill, Worker};
 use crate::rule::{NoRule, ScoreRule};
 use crate::score_ops::Units;
 use crate::{Argument, AttentionError, AttentionSpec, Data, DataMut, Tensor, TensorMut, TensorRef};

@@ -233,31 +233,28 @@ enum Reading {
 trait ReadBlock {
     type Block: LhsBlock;
 
-    /// A block of `rows` rows and `depth` steps, readable as the tile wants it, for which there is `room` and, where rows are
-    /// copied, `stride` values to each.
+    /// The block, readable as the tile wants it.
     ///
     /// # Safety
     /// The source must be readable for the block, and the room have the length that [`Grid`] says.
-    unsafe fn block<S: Simd, const MR: usize>(
-        s: S,
-        source: Source,
-        size: (usize, usize),
-        room: *mut f32,
-        stride: usize,
-    ) -> Self::Block;
+    unsafe fn block<S: Simd, const MR: usize>(s: S, of: Unread) -> Self::Block;
+}
+
+/// A block of A that is to be read, and where there is room for a copy of it.
+struct Unread {
+    source: Source,
+    rows: usize,
+    depth: usize,
+    room: *mut f32,
+    /// Values from one copied row to the next.
+    stride: usize,
 }
 
 impl ReadBlock for Rows {
     type Block = Self;
     #[inline(always)]
-    unsafe fn block<S: Simd, const MR: usize>(
-        _: S,
-        source: Source,
-        _: (usize, usize),
-        _: *mut f32,
-        _: usize,
-    ) -> Self {
-        Self { ptr: source.ptr, stride: source.across_stride }
+    unsafe fn block<S: Simd, const MR: usize>(_: S, of: Unread) -> Self {
+        Self { ptr: of.source.ptr, stride: of.source.across_stride }
     }
 }
 
@@ -267,46 +264,28 @@ struct CopiedRows;
 impl ReadBlock for CopiedRows {
     type Block = Rows;
     #[inline(always)]
-    unsafe fn block<S: Simd, const MR: usize>(
-        s: S,
-        source: Source,
-        (rows, depth): (usize, usize),
-        room: *mut f32,
-        stride: usize,
-    ) -> Rows {
+    unsafe fn block<S: Simd, const MR: usize>(s: S, of: Unread) -> Rows {
         // SAFETY: the caller's promise.
-        unsafe { copy_rows_raw(s, source, rows, depth, room, stride) };
-        Rows { ptr: room, stride: stride as isize }
+        unsafe { copy_rows_raw(s, of.source, of.rows, of.depth, of.room, of.stride) };
+        Rows { ptr: of.room, stride: of.stride as isize }
     }
 }
 
 impl ReadBlock for Columns {
     type Block = Self;
     #[inline(always)]
-    unsafe fn block<S: Simd, const MR: usize>(
-        _: S,
-        source: Source,
-        _: (usize, usize),
-        _: *mut f32,
-        _: usize,
-    ) -> Self {
-        Self { ptr: source.ptr, stride: source.depth_stride }
+    unsafe fn block<S: Simd, const MR: usize>(_: S, of: Unread) -> Self {
+        Self { ptr: of.source.ptr, stride: of.source.depth_stride }
     }
 }
 
 impl ReadBlock for Packed {
     type Block = Self;
     #[inline(always)]
-    unsafe fn block<S: Simd, const MR: usize>(
-        s: S,
-        source: Source,
-        (rows, depth): (usize, usize),
-        room: *mut f32,
-        _: usize,
-    ) -> Self {
+    unsafe fn block<S: Simd, const MR: usize>(s: S, of: Unread) -> Self {
         // SAFETY: the caller's promise.
-        unsafe { pack_lhs_raw::<S, MR>(s, source, rows, depth, room) };
-        Self { ptr: room, depth, width: MR }
+        unsafe { pack_lhs_raw::<S, MR>(s, of.source, of.rows, of.depth, of.room) };
+        Self { ptr: of.room, depth: of.depth, width: MR }
     }
 }
 
@@ -413,9 +392,9 @@ impl Part<'_> {
                 // SAFETY: the job's rows and steps of k are inside A; `rhs` covers its columns; its block of C is the
                 // part's own; the scratch holds the copied block.
                 unsafe {
-                    let room = a_scratch.as_mut_ptr();
-                    let lhs =
-                        R::block::<S, MR>(s, source, (job.rows, depth), room, copied_stride(kc.min(p.k)));
+                    let (rows, room) = (job.rows, a_scratch.as_mut_ptr());
+                    let stride = copied_stride(kc.min(p.k));
+                    let lhs = R::block::<S, MR>(s, Unread { source, rows, depth, room, stride });
                     macro_kernel::<S, _, MR, NV>(s, lhs, rhs, &job);
                 }
                 rhs.fresh = None;
