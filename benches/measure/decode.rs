@@ -6,6 +6,7 @@
 //! steps as well.
 
 use std::error::Error;
+use std::io::{self, Write};
 use std::time::Duration;
 
 use clap::Args;
@@ -187,24 +188,31 @@ pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error
             times[at].push(seconds);
         }
     }
-    println!("{}", Environment::read()?);
-    println!("percent of the roofline, {} rounds; in brackets the quartiles", options.rounds);
-    println!("read bandwidth {:.1} GB/s in the middle\n", median(&bandwidths));
-    println!(
+    writeln!(io::stdout(), "{}", Environment::read()?)?;
+    writeln!(io::stdout(), "percent of the roofline, {} rounds; in brackets the quartiles", options.rounds)?;
+    writeln!(io::stdout(), "read bandwidth {:.1} GB/s in the middle\n", median(&bandwidths))?;
+    writeln!(
+        io::stdout(),
         "{:36} {:>10} {:>8} {:>8} {:^16} {:>6}",
-        "row", "us a call", "GB/s", "percent", "(quartiles)", "goal"
-    );
+        "row",
+        "us a call",
+        "GB/s",
+        "percent",
+        "(quartiles)",
+        "goal"
+    )?;
     for (i, row) in rows.iter().enumerate() {
         let (low, high) = quartiles(&ratios[i]);
         let (percent, seconds) = (median(&ratios[i]), median(&times[i]));
-        println!(
+        writeln!(
+            io::stdout(),
             "{:36} {:>10.1} {:>8.1} {percent:>8.1} {:^16} {:>6.0}",
             row.name,
             1e6 * seconds,
             1e-9 * row.bytes / seconds,
             format!("({low:.0} to {high:.0})"),
             row.goal
-        );
+        )?;
     }
     Ok(())
 }

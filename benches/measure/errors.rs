@@ -4,6 +4,7 @@
 //! and values, uniform in [-1, 1). `--scale-q` multiplies the queries, for a peaked softmax.
 
 use std::error::Error;
+use std::io::{self, Write};
 
 use clap::Args;
 use qkv::cache::{KvCache, KvCacheConfig, Storage};
@@ -52,7 +53,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         let name = format!("random {b},{h},{s},{d}");
         inputs.push((name, splitmix(shape, 1)?, splitmix(shape, 2)?, splitmix(shape, 3)?));
     }
-    println!("{:22} {:8} {:>12} {:>12}", "input", "mask", "max error", "RMS error");
+    writeln!(io::stdout(), "{:22} {:8} {:>12} {:>12}", "input", "mask", "max error", "RMS error")?;
     for (name, mut q, k, v) in inputs {
         q.data_mut().iter_mut().for_each(|x| *x *= options.scale_q);
         for causal in [None, Some(Causal::TopLeft)] {
@@ -62,7 +63,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
             let exact = reference::oracle(q.view(), k.view(), v.view(), &spec);
             let (largest, rms) = errors(out.data(), exact.output.data());
             let mask = if causal.is_some() { "causal" } else { "full" };
-            println!("{name:22} {mask:8} {largest:>12.3e} {rms:>12.3e}");
+            writeln!(io::stdout(), "{name:22} {mask:8} {largest:>12.3e} {rms:>12.3e}")?;
         }
     }
     stored_caches(&file)
@@ -80,7 +81,14 @@ fn stored_caches(file: &SafeTensors<'_>) -> Result<(), Box<dyn Error>> {
         ("int8 with zero point", int8(None, true)),
         ("int8, groups of 16", int8(Some(16), false)),
     ];
-    println!("\n{:22} {:24} {:>12} {:>12}", "input, full", "keys and values", "max error", "RMS error");
+    writeln!(
+        io::stdout(),
+        "\n{:22} {:24} {:>12} {:>12}",
+        "input, full",
+        "keys and values",
+        "max error",
+        "RMS error"
+    )?;
     for layer in ["layer0", "layer5"] {
         let part = |name: &str| stored(file, &format!("{layer}.{name}"));
         let (q, k, v) = (part("q")?, part("k")?, part("v")?);
@@ -92,7 +100,11 @@ fn stored_caches(file: &SafeTensors<'_>) -> Result<(), Box<dyn Error>> {
             cache.append(k.view(), v.view())?;
             let out = attention(q.view(), cache.keys(), cache.values(), &AttentionSpec::new())?;
             let (largest, rms) = errors(out.data(), exact.output.data());
-            println!("{:22} {name:24} {largest:>12.3e} {rms:>12.3e}", format!("minilm {layer}"));
+            writeln!(
+                io::stdout(),
+                "{:22} {name:24} {largest:>12.3e} {rms:>12.3e}",
+                format!("minilm {layer}")
+            )?;
         }
     }
     Ok(())

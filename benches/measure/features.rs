@@ -5,6 +5,7 @@
 //! against the work that is left.
 
 use std::error::Error;
+use std::io::{self, Write};
 use std::time::Duration;
 
 use clap::Args;
@@ -186,21 +187,34 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         }
     }
 
-    println!("{}", Environment::read()?);
-    println!("time with the option over time without, {} rounds; in brackets the quartiles", options.rounds);
-    println!("per work: divided by the share of the work that is left\n");
-    println!("{:28} {:>8} {:^18} {:>9} {:>9}", "option", "ratio", "(quartiles)", "per work", "at most");
+    writeln!(io::stdout(), "{}", Environment::read()?)?;
+    writeln!(
+        io::stdout(),
+        "time with the option over time without, {} rounds; in brackets the quartiles",
+        options.rounds
+    )?;
+    writeln!(io::stdout(), "per work: divided by the share of the work that is left\n")?;
+    writeln!(
+        io::stdout(),
+        "{:28} {:>8} {:^18} {:>9} {:>9}",
+        "option",
+        "ratio",
+        "(quartiles)",
+        "per work",
+        "at most"
+    )?;
     for (pair, ratios) in pairs.iter().zip(&ratios) {
         let (low, high) = quartiles(ratios);
         let ratio = median(ratios);
         let per_work = ratio / pair.work;
         let verdict = if per_work <= pair.goal { "met" } else { "no" };
-        println!(
+        writeln!(
+            io::stdout(),
             "{:28} {ratio:>8.3} {:^18} {per_work:>9.3} {:>9.3} {verdict}",
             pair.name,
             format!("({low:.3} to {high:.3})"),
             pair.goal
-        );
+        )?;
     }
     Ok(())
 }

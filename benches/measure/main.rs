@@ -21,6 +21,7 @@ mod matrix;
 mod report;
 
 use std::error::Error;
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -174,9 +175,13 @@ fn print_rate(flops: f64, mut call: Call, how: &How, threads: usize) -> Result<(
     let stretch = how.stretch.seconds;
     if how.percent {
         let lengths = Lengths { stretch, probe: PROBE };
-        println!("{:.2}", Turn::take(Limit::Peak, flops, threads, lengths, &mut call)?.percent());
+        writeln!(
+            io::stdout(),
+            "{:.2}",
+            Turn::take(Limit::Peak, flops, threads, lengths, &mut call)?.percent()
+        )?;
     } else {
-        println!("{:.3}", 1e-9 * flops / seconds_per_call(stretch, &mut call));
+        writeln!(io::stdout(), "{:.3}", 1e-9 * flops / seconds_per_call(stretch, &mut call))?;
     }
     Ok(())
 }
@@ -198,12 +203,12 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
             print_rate(shape.flops(), Workload::Attention(shape).prepare()?, &how, threads)
         }
         Command::Peak(Stretch { seconds }) => {
-            println!("{:.3}", fma_peak(threads, seconds)?);
+            writeln!(io::stdout(), "{:.3}", fma_peak(threads, seconds)?)?;
             Ok(())
         }
         Command::Bandwidth(BandwidthArgs { mib, huge_pages, stretch }) => {
             let bytes = mib.checked_mul(1 << 20).ok_or("--mib: more than can be addressed")?;
-            println!("{:.3}", read_bandwidth(threads, stretch.seconds, bytes, huge_pages)?);
+            writeln!(io::stdout(), "{:.3}", read_bandwidth(threads, stretch.seconds, bytes, huge_pages)?)?;
             Ok(())
         }
     }
@@ -214,6 +219,12 @@ fn main() -> ExitCode {
     // qkv refuses, a QKV_ISA that this CPU lacks.
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
+        // A reader who has seen enough (`measure errors | head`).
+        Err(problem)
+            if problem.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) =>
+        {
+            ExitCode::SUCCESS
+        }
         Err(problem) => {
             eprintln!("error: {problem}");
             ExitCode::from(2)

@@ -8,7 +8,7 @@
 //! workload's own stretch: two ratios to the limit would bring the noise of four measurements of it.
 
 use std::error::Error;
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -173,7 +173,7 @@ fn limits(runners: &[Runner], limit: Limit) -> Option<(f64, (f64, f64))> {
 
 /// A line on standard error that is rewritten, where somebody watches.
 fn progress(text: &str) {
-    let mut err = std::io::stderr();
+    let mut err = io::stderr();
     if err.is_terminal() {
         // Whether the line can be written makes no difference to the measurement.
         let _ = write!(err, "\r{text}\x1b[K").and_then(|()| err.flush());
@@ -218,9 +218,9 @@ pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error
         rows: runners.iter().map(|runner| runner.outcome(flops_per_cycle)).collect(),
     };
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&matrix)?);
+        writeln!(io::stdout(), "{}", serde_json::to_string_pretty(&matrix)?)?;
     } else {
-        print!("{}", report::table(&matrix));
+        write!(io::stdout(), "{}", report::table(&matrix))?;
     }
     Ok(())
 }
