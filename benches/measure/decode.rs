@@ -1,5 +1,8 @@
 //! `measure decode`: one step of decoding against the roofline, and prefill over 16-bit keys against f32.
 //!
+//! What one row is beside another (pages beside a contiguous cache, narrow keys beside f32) is measured call by call in turns,
+//! for a bandwidth that neighbours change from second to second would decide between two figures of its own.
+//!
 //! The roofline of a step is the larger of its bytes over the read bandwidth and its operations over the peak, both
 //! measured in the same round, before and after it, in huge pages like the caches. The cache is as many copies, taken
 //! in turn, as make several times the last-level cache: a real model's weights pass through the caches between two
@@ -12,7 +15,9 @@ use std::time::Duration;
 use clap::Args;
 use qkv::cache::{KvCache, KvCacheConfig, PagedCache, PagedCacheConfig, Storage};
 use qkv::{AttentionSpec, Causal, Data, Outputs, Tensor, TensorRef, attention_into, attention_paged};
-use qkv_benches::{Environment, Random, fma_peak, median, quartiles, read_bandwidth, seconds_per_call};
+use qkv_benches::{
+    Environment, Random, fma_peak, median, quartiles, ratio_of_two, read_bandwidth, seconds_per_call,
+};
 
 /// What `measure decode` can be told.
 #[derive(Debug, Args)]
@@ -127,7 +132,35 @@ fn prefill(name: &str, storage: Storage) -> Result<Row<'static>, Box<dyn Error>>
     Ok(Row { name: name.to_owned(), call: Box::new(call), bytes: 0.0, flops, goal: 0.0 })
 }
 
-/// Runs the rounds and prints the table.
+/// Two rows that are compared: how many times as quick one is as the other.
+struct Pair {
+    row: usize,
+    beside: usize,
+    goal: f64,
+    speeds: Vec<f64>,
+}
+
+/// The pairs whose rows are both wanted, with the least that the first is to reach.
+fn pairs(rows: &[Row<'_>]) -> Vec<Pair> {
+    let mut names = Vec::new();
+    for shape in ["32 over 8, 8192 keys", "B 8, 32 over 8, 1024 keys", "32 over 32, 4096 keys"] {
+        names.push((format!("{shape} f32 paged"), format!("{shape} f32"), 0.95));
+    }
+    let ungrouped = |storage: &str| format!("32 over 32, 4096 keys {storage}");
+    let prefill = |storage: &str| format!("prefill causal S 2048 d 128 {storage}");
+    names.push((ungrouped("bf16"), ungrouped("f32"), 1.5));
+    names.push((ungrouped("f16"), ungrouped("f32"), 1.5));
+    names.push((ungrouped("int8"), ungrouped("bf16"), 1.0));
+    names.push((prefill("bf16"), prefill("f32"), 0.93));
+    names.push((prefill("f16"), prefill("f32"), 0.93));
+    let find = |name: &str| rows.iter().position(|row| row.name == name);
+    let pair = |(row, beside, goal): &(String, String, f64)| {
+        Some(Pair { row: find(row)?, beside: find(beside)?, goal: *goal, speeds: Vec::new() })
+    };
+    names.iter().filter_map(pair).collect()
+}
+
+/// Runs the rounds and prints the tables.
 pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error>> {
     let int8 = Storage::Int8 { group: None, zero_point: false };
     let storages = [("f32", Storage::F32), ("bf16", Storage::Bf16), ("f16", Storage::F16), ("int8", int8)];
@@ -170,6 +203,7 @@ pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error
     let probe = Duration::from_millis(40);
     let (mut ratios, mut times) = (vec![Vec::new(); rows.len()], vec![Vec::new(); rows.len()]);
     let mut bandwidths = Vec::new();
+    let mut pairs = pairs(&rows);
     for round in 0..options.rounds {
         for turn in 0..rows.len() {
             let at = (turn + round) % rows.len();
@@ -186,6 +220,11 @@ pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error
             let roofline = (row.bytes / bandwidth).max(row.flops / peak) * 1e-9;
             ratios[at].push(100.0 * roofline / seconds);
             times[at].push(seconds);
+        }
+        for Pair { row, beside, speeds, .. } in &mut pairs {
+            let [row, beside] = rows.get_disjoint_mut([*row, *beside])?;
+            let turn = |first: bool| if first { (row.call)() } else { (beside.call)() };
+            speeds.push(1.0 / ratio_of_two(2 * options.seconds, turn));
         }
     }
     writeln!(io::stdout(), "{}", Environment::read()?)?;
@@ -213,6 +252,15 @@ pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error
             format!("({low:.0} to {high:.0})"),
             row.goal
         )?;
+    }
+    if !pairs.is_empty() {
+        writeln!(io::stdout(), "\ntimes as quick as the row behind it, call by call in turns\n")?;
+    }
+    for Pair { row, beside, goal, speeds } in &pairs {
+        let (low, high) = quartiles(speeds);
+        let (row, beside) = (&rows[*row].name, &rows[*beside].name);
+        let (speed, quartiles) = (median(speeds), format!("({low:.3} to {high:.3})"));
+        writeln!(io::stdout(), "{row:36} {beside:32} {speed:>6.3} {quartiles:^18} {goal:>5.2}")?;
     }
     Ok(())
 }
