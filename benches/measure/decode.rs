@@ -47,6 +47,14 @@ struct Row<'a> {
 /// (batch, query heads, kv heads, keys, dim).
 type Shape = [usize; 5];
 
+/// The steps that are measured with every storage, the last of them without groups.
+const SHAPES: [(&str, Shape); 3] = [
+    ("32 over 8, 8192 keys", [1, 32, 8, 8192, 128]),
+    ("B 8, 32 over 8, 1024 keys", [8, 32, 8, 1024, 128]),
+    ("32 over 32, 4096 keys", [1, 32, 32, 4096, 128]),
+];
+const PREFILL: &str = "prefill causal S 2048 d 128";
+
 /// A step with a cache of this storage, contiguous or in pages of 16.
 fn step(
     name: &str,
@@ -143,11 +151,12 @@ struct Pair {
 /// The pairs whose rows are both wanted, with the least that the first is to reach.
 fn pairs(rows: &[Row<'_>]) -> Vec<Pair> {
     let mut names = Vec::new();
-    for shape in ["32 over 8, 8192 keys", "B 8, 32 over 8, 1024 keys", "32 over 32, 4096 keys"] {
+    for (shape, _) in SHAPES {
         names.push((format!("{shape} f32 paged"), format!("{shape} f32"), 0.95));
     }
-    let ungrouped = |storage: &str| format!("32 over 32, 4096 keys {storage}");
-    let prefill = |storage: &str| format!("prefill causal S 2048 d 128 {storage}");
+    let [.., (last, _)] = SHAPES;
+    let ungrouped = |storage: &str| format!("{last} {storage}");
+    let prefill = |storage: &str| format!("{PREFILL} {storage}");
     names.push((ungrouped("bf16"), ungrouped("f32"), 1.5));
     names.push((ungrouped("f16"), ungrouped("f32"), 1.5));
     names.push((ungrouped("int8"), ungrouped("bf16"), 1.0));
@@ -164,16 +173,11 @@ fn pairs(rows: &[Row<'_>]) -> Vec<Pair> {
 pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error>> {
     let int8 = Storage::Int8 { group: None, zero_point: false };
     let storages = [("f32", Storage::F32), ("bf16", Storage::Bf16), ("f16", Storage::F16), ("int8", int8)];
-    let shapes: [(&str, Shape); 3] = [
-        ("32 over 8, 8192 keys", [1, 32, 8, 8192, 128]),
-        ("B 8, 32 over 8, 1024 keys", [8, 32, 8, 1024, 128]),
-        ("32 over 32, 4096 keys", [1, 32, 32, 4096, 128]),
-    ];
     let wanted = |name: &str| {
         options.filter.is_empty() || options.filter.iter().any(|text| name.contains(text.as_str()))
     };
     let mut rows = Vec::new();
-    for (shape_name, shape) in shapes {
+    for (shape_name, shape) in SHAPES {
         for (storage_name, storage) in storages {
             let name = format!("{shape_name} {storage_name}");
             if wanted(&name) {
@@ -194,7 +198,7 @@ pub(crate) fn run(options: &Options, threads: usize) -> Result<(), Box<dyn Error
         rows.push(step("8 heads, 64 keys, d 64", [1, 8, 8, 64, 64], Storage::F32, false, 0.0)?);
     }
     for (storage_name, storage) in storages {
-        let name = format!("prefill causal S 2048 d 128 {storage_name}");
+        let name = format!("{PREFILL} {storage_name}");
         if wanted(&name) {
             rows.push(prefill(&name, storage)?);
         }
