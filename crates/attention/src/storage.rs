@@ -235,6 +235,8 @@ impl Data<'_> {
 pub(crate) trait Element: Copy {
     /// Whether rows of it have a scale.
     const SCALED: bool = false;
+    /// Whether it is narrower than f32, so that a line of it is more work.
+    const NARROW: bool = size_of::<Self>() < size_of::<f32>();
     /// `LANES` values from `p` on.
     ///
     /// # Safety
