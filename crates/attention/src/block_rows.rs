@@ -7,7 +7,7 @@ use qkv_simd::Simd;
 use crate::few_rows::RowList;
 use crate::kv_rows::KvRows;
 use crate::prefill::Worker;
-use crate::row_runs::{FewRows, RowKind, RowRun, RunList};
+use crate::row_runs::{FewRows, RowKind, RowRun, RunList, add};
 use crate::rule::ScoreRule;
 
 /// The rows of a block of keys: the first one, and values from one to the next; a null pointer where they are read one by
@@ -101,12 +101,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 kind
             }
             _ => {
-                let most = RowRun::most(dim * size_of::<f32>());
-                for at in (0..keys.len()).step_by(most) {
-                    let first = block.row(keys.start - self.block.start + at).cast();
-                    let stride = block.stride * size_of::<f32>() as isize;
-                    runs.push(RowRun::new(first, stride, most.min(keys.len() - at)));
-                }
+                let first = block.row(keys.start - self.block.start).cast();
+                let stride = block.stride * size_of::<f32>() as isize;
+                add(runs, (first, stride), keys.len(), RowRun::most(dim * size_of::<f32>()));
                 RowKind::F32
             }
         };

@@ -15,7 +15,7 @@ use qkv_simd::Simd;
 use crate::Data;
 use crate::few_rows::RowList;
 use crate::interval::Segment;
-use crate::row_runs::{RowKind, RowRun, RunList};
+use crate::row_runs::{RowKind, RowRun, RunList, add};
 
 /// The keys or the values of a call.
 #[derive(Clone, Copy, Debug)]
@@ -104,10 +104,24 @@ impl<'a> KvRows<'a> {
     /// Adds the rows of `keys` in runs.
     #[inline(always)]
     pub(crate) fn runs(&self, segment: &Segment, head: usize, keys: &Range<usize>, to: &mut RunList) {
+        if keys.is_empty() {
+            return;
+        }
+        // The first place by a division, the others from page to page.
+        let (mut place, mut rows) = self.place(segment, head, keys.start);
+        let (_, stride, bytes) = self.data.row_memory(place);
+        let most = RowRun::most(bytes);
+        let mut pages = match self.tables {
+            Some(tables) => &tables[segment.index][keys.start / self.data.shape()[2] + 1..],
+            None => &[],
+        };
         let mut key = keys.start;
-        while let Some(run) = self.first_run(segment, head, &(key..keys.end)) {
-            key += run.count;
-            to.push(run);
+        loop {
+            let count = rows.min(keys.end - key);
+            add(to, (self.data.row_memory(place).0, stride), count, most);
+            key += count;
+            let Some((&page, rest)) = pages.split_first().filter(|_| key < keys.end) else { break };
+            ((place, rows), pages) = (([page as usize, head, 0], self.data.shape()[2]), rest);
         }
     }
 

@@ -83,6 +83,28 @@ impl RowRun {
     }
 }
 
+/// Adds `count` rows from `first` on, by at most `most`: to the last run where they continue it, as pages side by side do.
+#[inline(always)]
+pub(crate) fn add(
+    runs: &mut RunList,
+    (mut first, stride): (*const u8, isize),
+    mut count: usize,
+    most: usize,
+) {
+    if let Some(last) = runs.last_mut()
+        && (first, stride) == (last.first.wrapping_offset(last.count as isize * last.stride), last.stride)
+    {
+        let more = count.min(most.saturating_sub(last.count));
+        last.count += more;
+        (first, count) = (first.wrapping_offset(more as isize * stride), count - more);
+    }
+    while count > 0 {
+        let rows = count.min(most);
+        runs.push(RowRun::new(first, stride, rows));
+        (first, count) = (first.wrapping_offset(rows as isize * stride), count - rows);
+    }
+}
+
 /// Lets each run ask for the next one, and the last for `then`.
 #[inline(always)]
 pub(crate) fn link(runs: &mut [RowRun], then: Option<RowRun>) {

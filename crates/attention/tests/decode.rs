@@ -131,6 +131,51 @@ fn decoding_step_by_step_is_prefill() {
     }
 }
 
+/// Pages alone, in pairs side by side, and from the last to the first, which a pool hands out when it has been full.
+#[test]
+fn pages_in_any_order() {
+    let (kv_heads, length, dk, dv) = (2, 300, 32, 72);
+    let (k, v) = (random([1, kv_heads, length, dk], 2), random([1, kv_heads, length, dv], 3));
+    let spec = AttentionSpec::new().with_causal(Causal::BottomRight);
+    for (storage, size) in STORAGES.into_iter().flat_map(|storage| [1, 3, 16].map(|size| (storage, size))) {
+        let mut whole =
+            KvCache::new(KvCacheConfig::new(1, kv_heads, length, dk, dv).with_storage(storage)).unwrap();
+        whole.append(k.view(), v.view()).unwrap();
+        let pages = length.div_ceil(size);
+        let hash = |page: usize| (page as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+        let mut orders = [(0..pages).collect::<Vec<_>>(), (0..pages).collect(), (0..pages).rev().collect()];
+        orders[0].sort_by_key(|&page| hash(page));
+        orders[1].sort_by_key(|&page| (hash(page / 2), page));
+        for order in orders {
+            let config = PagedCacheConfig::new(pages, size, kv_heads, dk, dv).with_storage(storage);
+            let mut pool = PagedCache::new(config).unwrap();
+            // Others hold all pages and give them back one by one.
+            let mut others: Vec<SequenceId> = (0..pages).map(|_| pool.create()).collect();
+            let (one_k, one_v) = (part(&k, 0, kv_heads, [0, 1]), part(&v, 0, kv_heads, [0, 1]));
+            for &other in &others {
+                pool.append(other, one_k.view(), one_v.view()).unwrap();
+            }
+            others.sort_by_key(|&other| pool.view(&[other]).unwrap().as_ref().tables[0][0]);
+            let id = pool.create();
+            for (i, &page) in order.iter().enumerate() {
+                pool.free(others[page]).unwrap();
+                let tokens = [i * size, (i * size + size).min(length)];
+                let (k, v) = (part(&k, 0, kv_heads, tokens), part(&v, 0, kv_heads, tokens));
+                pool.append(id, k.view(), v.view()).unwrap();
+            }
+            let view = pool.view(&[id]).unwrap();
+            let table: Vec<usize> = view.as_ref().tables[0].iter().map(|&page| page as usize).collect();
+            assert_eq!(table, order);
+            for group in [1, 2, 4, 8] {
+                let q = random([1, kv_heads * group, 1, dk], 1);
+                let want = alone(&q, whole.keys(), whole.values(), &spec);
+                let got = paged(&q, &[0, 1], view.as_ref(), &spec);
+                assert!(got == [want], "{storage:?}, pages of {size}, a group of {group}");
+            }
+        }
+    }
+}
+
 const LENGTHS: [usize; 9] = [5, 255, 256, 257, 700, 1024, 1500, 5000, 0];
 
 /// Bits of every sequence alone, against the same in batches, packed, paged, on 1, 2 and 3 threads.
