@@ -209,8 +209,8 @@ pub(crate) enum BenchCommand {
     /// rounds are shown.
     ///
     /// A cache smaller than the L3 cache would be read from there, where no model finds it: its weights have passed
-    /// through since the last step. So each step reads another copy, of as many as make at least twice the L3 cache (and
-    /// at least 64 MiB, at most 1 GiB, where one copy is not more); the bandwidth is that of a buffer of their size.
+    /// through since the last step. So each step reads another copy, of as many as make at least four times the L3 cache
+    /// (and at least 128 MiB, at most 1 GiB, where one copy is not more); the bandwidth is that of a buffer of their size.
     #[command(after_help = DECODE)]
     Decode(DecodeArgs),
 }
