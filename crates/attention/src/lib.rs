@@ -13,6 +13,8 @@ mod check;
 mod error;
 mod few_ahead;
 mod few_rows;
+mod few_scores;
+mod few_sums;
 mod finish;
 mod fold;
 mod forward;
