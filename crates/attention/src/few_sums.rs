@@ -122,7 +122,7 @@ impl FewSums<'_> {
     }
 
     /// Adds the rows of a run, which are the part's, to sums of `DV` vectors; `whole`: the pass reads no other run. `TWICE`: see
-    /// [`again`].
+    /// [`asks_twice`].
     ///
     /// # Safety
     /// As [`Self::dims`].
