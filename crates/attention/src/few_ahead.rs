@@ -3,6 +3,7 @@
 
 use core::ops::Range;
 
+use qkv_gemm::CacheInfo;
 use qkv_simd::Simd;
 
 use crate::ahead::LINE;
@@ -28,7 +29,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             (&self.call.k, self.block_after(keys))
         };
         let then = then.filter(|_| rows.row_kind().is_some());
-        link(runs, then.and_then(|(segment, head, keys)| rows.first_run(segment, head, &keys)));
+        let then = then.and_then(|(segment, head, keys)| rows.first_run(segment, head, &keys));
+        link(runs, then, CacheInfo::get().l1d >= EAGER_L1);
     }
 
     /// What is read after a block of keys: the next block, at the task's end the next task's first.
@@ -56,14 +58,19 @@ pub(crate) fn ask<S: Simd, T>(s: S, at: *const T, count: usize) {
     }
 }
 
+/// Bytes of the first cache from which on f32 is asked for ahead in order for one and two query rows as well. Zen 5, 48 KiB, call by
+/// call in turns, two threads, GB/s: with one query row from 80 to 85 in pages of 4 KiB and from 83 to 88 in huge ones where memory
+/// gives that much, 1 to 3 % where it gives 45, with two from 38 to 40. Zen 4, 32 KiB, into L2: 1.2 of the time.
+const EAGER_L1: usize = 48 << 10;
+
 /// Whether a kernel asks for what follows a run. In f32 for one and two query rows, where a line is little work, only if it lies
-/// elsewhere: the hardware's own streams are enough. Narrower rows are more work a line, so that fewer lines ahead are under way by
+/// elsewhere, or [`EAGER_L1`]: the hardware's own streams are enough. Narrower rows are more work a line, so that fewer lines ahead are under way by
 /// themselves. From memory, dim 128, of the time without asking: one thread on Zen 4 f32 with one query row 1.20, with two 1.23, with
 /// four within 2 %, bf16 with two 0.83; on Zen 5 f32 with four 0.63, with one query row bf16 0.82, f16 0.79, int8 0.69, and with two
 /// threads that may read 83 GB/s 0.71, 0.69 and 0.67.
 #[inline(always)]
 pub(crate) fn asks<T: Element, const R: usize>(run: &RowRun) -> bool {
-    T::NARROW || R > 2 || !run.goes_on
+    T::NARROW || R > 2 || !run.goes_on || run.eager
 }
 
 /// Whether a kernel asks a second time for what follows a run, nearer to its use: see [`again`].

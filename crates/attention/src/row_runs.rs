@@ -51,6 +51,8 @@ pub(crate) struct RowRun {
     pub(crate) ahead: (*const u8, isize),
     /// Whether that continues the run in memory.
     pub(crate) goes_on: bool,
+    /// Whether what continues it is to be asked for where a line is little work, too.
+    pub(crate) eager: bool,
 }
 
 /// Runs of the rows of a block.
@@ -60,7 +62,7 @@ impl RowRun {
     /// A run that asks for nothing but itself.
     #[inline(always)]
     pub(crate) fn new(first: *const u8, stride: isize, count: usize) -> Self {
-        Self { first, stride, count, ahead: (first, stride), goes_on: true }
+        Self { first, stride, count, ahead: (first, stride), goes_on: true, eager: false }
     }
 
     /// The most rows of a run, for rows of `bytes`: a multiple of the keys that a kernel takes at a time.
@@ -105,13 +107,14 @@ pub(crate) fn add(
     }
 }
 
-/// Lets each run ask for the next one, and the last for `then`.
+/// Lets each run ask for the next one, and the last for `then`; `eager`: see [`RowRun`].
 #[inline(always)]
-pub(crate) fn link(runs: &mut [RowRun], then: Option<RowRun>) {
+pub(crate) fn link(runs: &mut [RowRun], then: Option<RowRun>, eager: bool) {
     let mut next = then;
     for run in runs.iter_mut().rev() {
         if let Some(next) = next {
             run.ahead = (next.first, next.stride);
+            run.eager = eager;
             run.goes_on =
                 run.ahead == (run.first.wrapping_offset(run.count as isize * run.stride), run.stride);
         }
