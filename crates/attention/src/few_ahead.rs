@@ -64,8 +64,10 @@ pub(crate) fn ask<S: Simd, T>(s: S, at: *const T, count: usize) {
 const EAGER_L1: usize = 48 << 10;
 
 /// Whether a kernel asks for what follows a run. In f32 for one and two query rows, where a line is little work, only if it lies
-/// elsewhere, or [`EAGER_L1`]: the hardware's own streams are enough. Narrower rows are more work a line, so that fewer lines ahead are under way by
-/// themselves. From memory, dim 128, of the time without asking: one thread on Zen 4 f32 with one query row 1.20, with two 1.23, with
+/// elsewhere (the hardware's own streams are enough) or the first cache is large ([`EAGER_L1`]). Narrower rows are more work a line,
+/// so that fewer lines ahead are under way by themselves.
+///
+/// From memory, dim 128, of the time without asking: one thread on Zen 4 f32 with one query row 1.20, with two 1.23, with
 /// four within 2 %, bf16 with two 0.83; on Zen 5 f32 with four 0.63, with one query row bf16 0.82, f16 0.79, int8 0.69, and with two
 /// threads that may read 83 GB/s 0.71, 0.69 and 0.67.
 #[inline(always)]
