@@ -22,7 +22,8 @@ use qkv_benches::Random;
 const DEPTHS: [usize; 5] = [32, 64, 96, 128, 256];
 
 /// Values of the left-hand side that the tiles of a turn go through: 12 KiB. With the panel of the right-hand side (16
-/// KiB at depth 256) and the stored block they stay below the 32 KiB that every core has.
+/// KiB at depth 256, with AVX-512 32) and the stored block they stay in a first cache of 32 KiB, with AVX-512 up to depth 128 (48 KiB:
+/// 256).
 const LHS_VALUES: usize = 3 << 10;
 
 /// Values from one step of k to the next in `columns`: a head dim.
@@ -88,7 +89,7 @@ impl TileOp for Turn<'_> {
     }
 }
 
-/// The probe's inner loop, written down once more: twelve chains of multiply-adds on registers.
+/// The probe's inner loop, written down once more, with twelve chains of multiply-adds on registers everywhere.
 struct Peak {
     steps: usize,
 }

@@ -8,7 +8,7 @@
 
 A variant is one choice of every size, and all of them are tried. attention's sizes are constants: each variant is a
 build of its own of benches' `measure`, with QKV_TUNE_KEY_BLOCK and QKV_TUNE_MAX_ROWS in the environment of the compiler
-(one after the other in one folder, target/tune, so that only two crates are compiled again). The sizes of a product are
+(one after the other in one folder, target/tune, so that few crates are compiled again). The sizes of a product are
 arguments: `measure gemm --blocking`. "default" is the build or the call without any of it.
 
 Every round runs every variant once on each shape, in an order that rotates from round to round; a run is `measure ...

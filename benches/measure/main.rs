@@ -3,6 +3,7 @@
 //! ```text
 //! measure matrix                                            the table of goals: each workload in percent of the limit
 //! measure features                                          what each mask and score option costs
+//! measure decode                                            what a step of decoding reaches of the roofline
 //! measure errors                                            errors against f64, beside scripts/peer_error.py
 //! measure gemm --m 512 --k 512 --n 512 --seconds 0.05       one number, GFLOP/s
 //! measure attention --batch 1 --heads 12 --seq 512 --dim 64 --causal --seconds 0.05

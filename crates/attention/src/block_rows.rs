@@ -72,12 +72,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             return &[];
         }
         let mut row = self.values.row(key - self.block.start);
-        if FEW
-            && self.values.ptr.is_null()
-            && let Some(run) = self.call.v.first_run(&self.task.segment, self.task.kv_head, &(key..key + 1))
-        {
+        if FEW && self.values.ptr.is_null() {
             debug_assert_eq!(self.call.v.row_kind(), Some(RowKind::F32));
-            row = run.first.cast();
+            row = self.call.v.row(&self.task.segment, self.task.kv_head, key).0.cast();
         }
         // SAFETY: the key is in the block, whose rows have `dim` values in the tensor or in scratch: rows of other types are
         // not read here, see `fold_block`.

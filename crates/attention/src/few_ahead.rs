@@ -3,11 +3,9 @@
 
 use core::ops::Range;
 
-use qkv_gemm::CacheInfo;
 use qkv_simd::Simd;
 
 use crate::ahead::LINE;
-use crate::few_rows::FEW_BLOCK;
 use crate::interval::Segment;
 use crate::kv_rows::KvRows;
 use crate::next_task::{Begin, Taken};
@@ -24,26 +22,23 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     #[inline(always)]
     pub(crate) fn link_runs(&self, rows: &KvRows<'_>, keys: &Range<usize>, runs: &mut RunList) {
         let (rows, then) = if core::ptr::eq(rows, &raw const self.call.k) {
-            (&self.call.v, Some((&self.task.segment, self.task.kv_head, keys.clone())))
+            (&self.call.v, Some((&self.task.segment, self.task.kv_head, keys.start)))
         } else {
-            (&self.call.k, self.block_after(keys))
+            (&self.call.k, self.key_after(keys))
         };
         let then = then.filter(|_| rows.row_kind().is_some());
-        let then = then.and_then(|(segment, head, keys)| rows.first_run(segment, head, &keys));
-        link(runs, then, CacheInfo::get().l1d >= EAGER_L1);
+        let then = then.map(|(segment, head, key)| rows.row(segment, head, key));
+        link(runs, then, self.call.plan.eager);
     }
 
-    /// What is read after a block of keys: the next block, at the task's end the next task's first.
+    /// The key that is read after these: the next one, at the task's end the next task's first.
     #[inline(always)]
-    fn block_after(&self, keys: &Range<usize>) -> Option<(&Segment, usize, Range<usize>)> {
-        let next = keys.end..(keys.end + FEW_BLOCK).min(self.end);
-        if !next.is_empty() {
-            return Some((&self.task.segment, self.task.kv_head, next));
+    fn key_after(&self, keys: &Range<usize>) -> Option<(&Segment, usize, usize)> {
+        if keys.end < self.end {
+            return Some((&self.task.segment, self.task.kv_head, keys.end));
         }
         match &self.next {
-            Some(Taken { begin: Begin::Keys(segment, head, next), .. }) => {
-                Some((segment, *head, next.clone()))
-            }
+            Some(Taken { begin: Begin::Key(segment, head, key), .. }) => Some((segment, *head, *key)),
             _ => None,
         }
     }
@@ -61,7 +56,7 @@ pub(crate) fn ask<S: Simd, T>(s: S, at: *const T, count: usize) {
 /// Bytes of the first cache from which on f32 is asked for ahead in order for one and two query rows as well. Zen 5, 48 KiB, call by
 /// call in turns, two threads, GB/s: with one query row from 80 to 85 in pages of 4 KiB and from 83 to 88 in huge ones where memory
 /// gives that much, 1 to 3 % where it gives 45, with two from 38 to 40. Zen 4, 32 KiB, into L2: 1.2 of the time.
-const EAGER_L1: usize = 48 << 10;
+pub(crate) const EAGER_L1: usize = 48 << 10;
 
 /// Whether a kernel asks for what follows a run. In f32 for one and two query rows, where a line is little work, only if it lies
 /// elsewhere (the hardware's own streams are enough) or the first cache is large ([`EAGER_L1`]). Narrower rows are more work a line,

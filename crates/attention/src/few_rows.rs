@@ -83,7 +83,7 @@ pub(crate) struct FewSums<'w> {
 }
 
 /// The product `$op` over rows of `$kind` for `$count` query rows: compiled for 1, 2, 4, 6 and 8, to which other counts are
-/// rounded up, and with as many sums in registers as there are lanes, which is half of the registers and as many as are
+/// rounded up, and with as many sums in registers as there are lanes, which is at most half of the registers and as many as are
 /// reduced at once, but at most `$most` (with 16, 8 and 4 lanes) per query row.
 macro_rules! dispatch {
     ($S:ty, $s:expr, $count:expr, $kind:expr, $op:ident, $most:expr, $call:expr) => {

@@ -120,8 +120,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         Some(BlockScores { keys, visible, vectors, max, anywhere, stride })
     }
 
-    /// S^T of a strip and the runs of keys, masked, into the scratch; returns the largest per lane, whether a bias masked
-    /// any, and the values from one key's scores to the next.
+    /// S^T of a strip and the runs of keys, masked, into the scratch; returns the largest per lane, whether a bias may have
+    /// masked any, and the values from one key's scores to the next.
     #[inline(always)]
     fn scores(
         &mut self,
@@ -140,8 +140,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let (mut key_runs, mut scales) = (RunList::new(), RowList::new());
         let few = FEW.then(|| self.few_rows(&call.k, self.keys, keys, (&mut key_runs, &mut scales)));
         let panel = if call.plan.has_panels { keys.len() * Self::NR } else { 0 };
-        let bias =
-            BiasPanel::new(s, spec, rows, keys, (&mut self.scratch.bias[..panel], &mut *self.scratch.rows));
+        let memory = (&mut self.scratch.bias[..panel], &mut *self.scratch.rows);
+        // A rule is to see -infinity where a bias masks, not NaN.
+        let bias = BiasPanel::new(s, spec, rows, keys, memory, self.careful || R::ACTIVE);
         // Without an edge in these keys nobody asks. Not a closure: that would be compiled without the instruction set.
         let ends = if visible.is_whole(keys) { None } else { Some(Ends::new(s, spec, rows, keys.start)) };
         let tile_ops = TileOps {
@@ -201,7 +202,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             }
             if light {
                 let max = op.max;
-                return (max, bias.masks, Self::NR);
+                return (max, bias.may_mask, Self::NR);
             }
         }
         let lanes = if alibi || R::ACTIVE {
@@ -223,7 +224,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             tile_ops,
             bias: &bias,
         });
-        (max, bias.masks, Self::NR)
+        (max, bias.may_mask, Self::NR)
     }
 
     /// O^T = alpha O^T + V^T P^T with the weights of `keys` in the scratch and the values of the block in `values`.
@@ -296,6 +297,6 @@ pub(crate) struct BlockScores<F, const NV: usize> {
     max: [F; NV],
     /// Whether any key may be masked for some lane, not only those on the edge of the interval.
     anywhere: bool,
-    /// Values from one key's scores to the next: NR, or less where they are packed (few_rows.rs).
+    /// Values from one key's scores to the next: NR, or less where they are packed (packed_scores.rs).
     stride: usize,
 }

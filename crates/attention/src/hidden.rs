@@ -1,10 +1,12 @@
-//! Values behind a mask that are NaN or infinite.
+//! Scores and values behind a mask that are NaN or infinite.
 //!
-//! 0 x NaN is NaN, so a weight of zero does not keep such a value out of a sum. Skipped keys are never read, and a block that
-//! all lanes see has no zero weights by mask. Where a strip has folded keys that some lanes do not see, its outputs are looked
-//! at when its keys are done: such a value leaves NaN there, which nothing removes. Only then is the task's part of the
-//! keys computed again, the careful way: blocks with hidden keys and a value that is not finite are copied with zeros in
-//! the place of such entries, which are then added one by one to the rows that do see them.
+//! 0 x NaN is NaN, so a weight of zero does not keep such a value out of a sum, and NaN - infinity is NaN, so a bias of -infinity
+//! does not hide such a score. Skipped keys are never read, masks other than a bias replace the score, and a block that all lanes
+//! see has no zero weights by mask. Where a strip has folded keys that some lanes may not see, its outputs are looked
+//! at when its keys are done: such a value or score leaves NaN there, which nothing removes. Only then is the task's part of the
+//! keys computed again, the careful way: scores under a bias of -infinity are replaced as well, and blocks with hidden keys and a
+//! value that is not finite are copied with zeros in the place of such entries, which are then added one by one to the rows that
+//! do see them.
 
 use core::ops::Range;
 
@@ -31,10 +33,15 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         found
     }
 
-    /// NaN or infinity, of which the latter costs no more than a second look.
+    /// NaN or infinity, of which the latter costs no more than a second look. A score's NaN is in the sums as well, which are all
+    /// that there is where values have no dims.
     #[inline(always)]
     fn has_non_finite_output(&self, strip: usize) -> bool {
         let (s, dv) = (self.s, self.call.plan.shape.value_dim);
+        if dv == 0 {
+            let sums = &self.scratch.state[strip * 2 * Self::NR + Self::NR..][..self.rows_of(strip).count];
+            return sums.iter().any(|sum| sum.is_nan());
+        }
         // Of few rows those that there are, of others all lanes: [rows][dv] and [dv][NR].
         let outputs = if FEW {
             &self.scratch.outputs[..self.task.rows.len() * dv]

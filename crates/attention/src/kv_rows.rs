@@ -54,7 +54,7 @@ impl<'a> KvRows<'a> {
         }
     }
 
-    /// The rows of `keys` where they lie, if they are f32 and one stride apart: the first, and the stride.
+    /// The rows from `key` on where they lie, if they are f32 and one stride apart: the first, and the stride.
     #[inline(always)]
     pub(crate) fn in_place(&self, segment: &Segment, head: usize, key: usize) -> Option<(*const f32, isize)> {
         if self.tables.is_some() {
@@ -90,15 +90,12 @@ impl<'a> KvRows<'a> {
         }
     }
 
-    /// The rows of `keys`, whatever they consist of, as far as they lie in one run; None where there are no keys.
+    /// Where the row of a key begins, whatever it consists of, and the bytes to the next one of its run.
     #[inline(always)]
-    pub(crate) fn first_run(&self, segment: &Segment, head: usize, keys: &Range<usize>) -> Option<RowRun> {
-        if keys.is_empty() {
-            return None;
-        }
-        let (place, run) = self.place(segment, head, keys.start);
-        let (first, stride, bytes) = self.data.row_memory(place);
-        Some(RowRun::new(first, stride, run.min(keys.len()).min(RowRun::most(bytes))))
+    pub(crate) fn row(&self, segment: &Segment, head: usize, key: usize) -> (*const u8, isize) {
+        let (place, _) = self.place(segment, head, key);
+        let (first, stride, _) = self.data.row_memory(place);
+        (first, stride)
     }
 
     /// Adds the rows of `keys` in runs.

@@ -7,7 +7,6 @@ use core::ops::Range;
 use qkv_gemm::parallel::Tasks;
 use qkv_simd::Simd;
 
-use crate::few_rows::FEW_BLOCK;
 use crate::interval::{Segment, visible};
 use crate::plan::Task;
 use crate::prefill::Worker;
@@ -28,8 +27,8 @@ pub(crate) struct Taken {
 pub(crate) enum Begin {
     /// Nobody asks for it.
     NotAsked,
-    /// For few rows: sequence, key/value head, keys.
-    Keys(Segment, usize, Range<usize>),
+    /// For few rows: sequence, key/value head, first key.
+    Key(Segment, usize, usize),
     /// Otherwise: all its query rows; the rows of its first block of keys, their distance and number, where no task before
     /// has read them and they are read in place.
     Tiles { rows: StripRows, keys: Option<(*const f32, isize, usize)> },
@@ -81,9 +80,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 (1, _) => visible.start,
                 (_, part_keys) => visible.start.max(task.parts.start * part_keys),
             };
-            let end = (first / FEW_BLOCK + 1) * FEW_BLOCK;
-            let keys = first..end.min(visible.end);
-            if keys.is_empty() { Begin::NotAsked } else { Begin::Keys(task.segment, task.kv_head, keys) }
+            if first < visible.end { Begin::Key(task.segment, task.kv_head, first) } else { Begin::NotAsked }
         } else {
             let rows = call.plan.rows_of(&task, task.rows.clone());
             let new = self.new_keys(&task);

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! and at the end the output is o / l and the log-sum-exp is ln 2 (m + log2 l) (Milakov and Gimelshein 2018,
-//! arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). Queries are lanes, so all of this is vertical: no reduction
-//! across lanes anywhere.
+//! arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). Queries are lanes, so all of this is vertical. (Of few
+//! queries a vector holds several keys; their maxima and sums are folded once per block, packed_scores.rs.)
 //!
 //! A query that has seen nothing has m = -infinity; the exponents are then taken relative to 0, which makes every
 //! p_j and alpha +0 rather than 2^(-inf + inf) = NaN. A NaN score is dropped by the maxima, but its own p_j is NaN, and so

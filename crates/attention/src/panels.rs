@@ -3,8 +3,8 @@
 //! Scores lie as [keys][NR queries]; masks and biases in memory mostly as rows of keys. So for each strip and block of
 //! keys, once for both: a dense bias and T5's bias are transposed or expanded into a panel of f32 [keys][NR], to be added
 //! with one multiply-add per vector of scores; boolean masks, block-sparse masks on a ragged edge and dilated windows become
-//! one bit per key in a word per lane, [keys / 32][NR], tested with a shift. Packing 96 x 16 bits costs about 200 cycles of
-//! the 12 000 that the products of such a block take at dim 64.
+//! one bit per key in a word per lane, [keys / 32][NR], tested with a shift. Packing the bits of 96 x 16 scores costs about
+//! 200 cycles of the 12 000 that their products take at dim 64 (AVX2).
 
 use core::ops::Range;
 
@@ -212,12 +212,15 @@ fn dilation_word(p: i64, dilation: usize, start: usize, count: usize) -> u32 {
 /// The biases of a strip and a block: [keys][NR] in natural units.
 pub(crate) struct BiasPanel<'w> {
     pub(crate) values: &'w mut [f32],
-    /// Whether any of it is -infinity, which masks.
+    /// Whether -infinity in it replaces the score, which may be NaN, instead of being added.
     pub(crate) masks: bool,
+    /// Whether any of it may be -infinity.
+    pub(crate) may_mask: bool,
 }
 
 impl<'w> BiasPanel<'w> {
     /// The sum of the call's biases, in `values`, which has room for [keys][nr]; `staged` has room for [nr][keys].
+    /// Whether any is -infinity is looked for if `careful`: on the second way through the keys (hidden.rs), and for a rule.
     #[inline(always)]
     pub(crate) fn new<S: Simd>(
         s: S,
@@ -225,9 +228,10 @@ impl<'w> BiasPanel<'w> {
         rows: &StripRows,
         keys: &Range<usize>,
         (values, staged): (&'w mut [f32], &mut [f32]),
+        careful: bool,
     ) -> Self {
         if !has_bias(spec) {
-            return Self { values, masks: false };
+            return Self { values, masks: false, may_mask: false };
         }
         let nr = values.len() / keys.len();
         match &spec.bias {
@@ -261,14 +265,14 @@ impl<'w> BiasPanel<'w> {
                 t5_panel::<S, false>(s, spec, t5, rows, keys, (&mut *values, staged));
             }
         }
-        let masks = masks(s, values);
-        Self { values, masks }
+        let masks = careful && has_negative_infinity(s, values);
+        Self { values, masks, may_mask: masks || !careful }
     }
 }
 
 /// Whether any of whole vectors of biases is -infinity.
 #[inline(always)]
-fn masks<S: Simd>(s: S, panel: &[f32]) -> bool {
+fn has_negative_infinity<S: Simd>(s: S, panel: &[f32]) -> bool {
     // `min` keeps its second operand where the first is NaN, so a NaN hides nothing. Four minima, for one alone would wait
     // for each of its comparisons.
     let mut least = [s.zero(); 4];

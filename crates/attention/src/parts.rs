@@ -21,7 +21,7 @@ const PART: usize = 1024;
 /// No sequence has more parts: what their slots take is bounded then.
 pub(crate) const MAX_PARTS: usize = 32;
 
-/// Tasks that a call should have before the parts of a head become tasks of their own.
+/// With fewer (sequence, key/value head) than these, the parts of a head are tasks of their own.
 pub(crate) const ENOUGH_UNITS: usize = 32;
 
 /// Keys per part of a sequence, whole key blocks.

@@ -5,16 +5,17 @@
 //! heads share the keys and values that a task reads, and a causal task ends where its positions end.
 //!
 //! The plan does not depend on the number of threads (only tasks on the machine's cores), and the key blocks lie on a
-//! grid that begins at key 0 and depends on the head dims alone; a row of the result therefore has the same bits for any
+//! grid that begins at key 0 and depends on the key length alone; a row of the result therefore has the same bits for any
 //! number of threads and in any batch.
 
 use core::fmt;
 use core::ops::Range;
 
-use qkv_gemm::KernelShape;
 use qkv_gemm::parallel::cores;
+use qkv_gemm::{CacheInfo, KernelShape};
 use qkv_simd::Isa;
 
+use crate::few_ahead::EAGER_L1;
 use crate::few_rows::{FEW_BLOCK, MOST_ROWS};
 use crate::interval::{self, Segment};
 use crate::kv_rows::KvRows;
@@ -95,8 +96,8 @@ pub(crate) struct Task {
 }
 
 /// Keys in a block. A block's scores, for one strip of queries, are read and written three times and should stay in L1
-/// beside the strip's queries: 128 x 16 x 4 = 8 KiB. Larger blocks rescale the output less often, smaller ones leave
-/// more of L1 to the values. Sweep in docs/TUNING.md.
+/// beside the strip's queries: 128 x 16 x 4 = 8 KiB, with AVX-512 16. Larger blocks rescale the output less often, smaller ones leave
+/// more of L1 to the values. How to sweep: docs/TUNING.md.
 pub(crate) const KEY_BLOCK: usize = tuned(option_env!("QKV_TUNE_KEY_BLOCK"), 128);
 
 /// Most rows of a task. The task reads all keys and values once per strip, from L2 after the first strip, so more rows
@@ -117,7 +118,7 @@ const COLD: usize = 256 << 10;
 /// (100 MiB) gained 3 % (Zen 5).
 const FAR: usize = 4 << 20;
 
-/// Tasks that a call should have before its rows are cut finer for the threads' sake: so many, or four for each core.
+/// Rows are cut finer, for the threads' sake, until a call has so many tasks, or four for each core.
 const ENOUGH_TASKS: usize = 32;
 const TASKS_PER_CORE: usize = 4;
 
@@ -162,6 +163,8 @@ pub struct Plan {
     /// Whether keys fall out of sight as queries go on, so that each strip of rows sees some that the one before did not and
     /// that may lie in no near cache; and whether that is worth asking for them.
     pub(crate) slides: bool,
+    /// Whether f32 is asked for ahead in order for one and two query rows as well: [`EAGER_L1`].
+    pub(crate) eager: bool,
     /// Whether blocks of keys and of values are copied: widened, or gathered from pages.
     pub(crate) copies: [bool; 2],
     /// Whether keys may be cut into parts, and whether these are tasks of their own.
@@ -229,6 +232,7 @@ impl Plan {
             has_panels: crate::panels::has_bias(spec),
             is_cold,
             slides: leaves && is_cold && copies == [false; 2],
+            eager: CacheInfo::get().l1d >= EAGER_L1,
             is_far: shape.batch.saturating_mul(shape.kv_heads).saturating_mul(shape.key_len)
                 > FAR / (shape.key_dim + shape.value_dim).max(1),
             copies,
@@ -417,8 +421,10 @@ impl Plan {
 
     /// Bytes of scratch that each worker uses; not more for a longer sequence than for a long one.
     ///
-    /// About `4 (rows (dk + dv + 2) + 128 NR + 128 dv + NR max(dk, dv, 128))`, and `4 x 128 NR` more with a bias; rows at
-    /// most 192 and at most 2^17 / (dk + dv), but at least NR.
+    /// About `4 (rows (dk + dv + 2) + 128 NR + 128 dv + NR max(dk, dv, 128))`, `4 x 128 NR` more with a bias, and
+    /// `4 x 128 (max(dk, dv) + dv)` more where keys or values are copied (16 or 8 bits, pages); rows at most 192 and at most
+    /// 2^17 / (dk + dv), but at least NR. Where a sequence has few query rows, blocks have 256 keys instead of 128, and a task of
+    /// several parts keeps up to 32 results. Results of parts that are tasks of their own are the call's, not a worker's.
     #[must_use]
     pub fn scratch_bytes(&self) -> usize {
         crate::layout::Layout::new(self).total * size_of::<f32>()

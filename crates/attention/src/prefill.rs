@@ -96,9 +96,9 @@ pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize, const F
     pub(crate) key_block: usize,
     /// Bit i: strip i has seen a block, its part of the outputs holds something.
     pub(crate) started: u64,
-    /// Bit i: strip i has folded keys that some lanes do not see, whose weights there are 0.
+    /// Bit i: strip i has folded keys that some lanes may not see, whose weights there are 0.
     pub(crate) hides: u64,
-    /// Whether values behind a mask are looked at, see hidden.rs.
+    /// Whether scores and values behind a mask are looked at, see hidden.rs.
     pub(crate) careful: bool,
     /// The end of the keys that the task reads.
     pub(crate) end: usize,
@@ -207,6 +207,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> S
         }
         if self.call.weights.is_some() {
             let (keys, block) = (visible, self.key_block);
+            // A masked NaN is to have no weight.
+            self.careful = true;
             for strip in 0..strips {
                 for begin in (keys.start / block * block..keys.end).step_by(block) {
                     self.store_weights(strip, begin..(begin + block).min(keys.end));

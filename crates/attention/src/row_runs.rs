@@ -107,18 +107,17 @@ pub(crate) fn add(
     }
 }
 
-/// Lets each run ask for the next one, and the last for `then`; `eager`: see [`RowRun`].
+/// Lets each run ask for the next one, and the last for the rows that begin at `then`; `eager`: see [`RowRun`].
 #[inline(always)]
-pub(crate) fn link(runs: &mut [RowRun], then: Option<RowRun>, eager: bool) {
+pub(crate) fn link(runs: &mut [RowRun], then: Option<(*const u8, isize)>, eager: bool) {
     let mut next = then;
     for run in runs.iter_mut().rev() {
         if let Some(next) = next {
-            run.ahead = (next.first, next.stride);
+            run.ahead = next;
             run.eager = eager;
-            run.goes_on =
-                run.ahead == (run.first.wrapping_offset(run.count as isize * run.stride), run.stride);
+            run.goes_on = next == (run.first.wrapping_offset(run.count as isize * run.stride), run.stride);
         }
-        next = Some(*run);
+        next = Some((run.first, run.stride));
     }
 }
 

@@ -195,38 +195,58 @@ fn a_dense_mask_is_what_it_describes_bit_for_bit() {
 
 #[test]
 fn nan_and_infinity_behind_any_mask_change_nothing() {
-    let (q, k, v) = qkv(4, 2, 70, 200);
-    let hidden = |j: usize| j % 50 == 30 || (100..110).contains(&j);
-    let mask: Vec<bool> = (0..200).map(|j| !hidden(j)).collect();
-    let bias: Vec<f32> = mask.iter().map(|&sees| if sees { 0.5 } else { f32::NEG_INFINITY }).collect();
-    let half: Vec<u16> = bias.iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect();
-    let table = BlockMask::from_fn([1, 1, 70, 200], [1, 1], |[_, _, _, j]| !hidden(j)).unwrap();
-    let shape = [1, 1, 1, 200];
-    let plain = AttentionSpec::new();
-    let specs = [
-        plain.clone().with_mask(Broadcast::from_slice(&mask, shape).unwrap()),
-        plain.clone().with_bias(Bias::F32(Broadcast::from_slice(&bias, shape).unwrap())),
-        plain.clone().with_bias(Bias::Half(
-            qkv_attention::HalfKind::Bf16,
-            Broadcast::from_slice(&half, shape).unwrap(),
-        )),
-        plain.clone().with_block_mask(&table),
-        plain.clone().with_mask(Broadcast::from_slice(&mask, shape).unwrap()).with_softcap(3.0),
-    ];
-    for spec in &specs {
-        let want = attention_with_lse(q.view(), k.view(), v.view(), spec).unwrap();
-        for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let poisoned = |t: &Tensor| {
-                Tensor::from_fn(t.shape(), |[b, h, j, d]| {
-                    if hidden(j) && (j + d) % 3 == 0 { poison } else { t.view().row(b, h, j)[d] }
-                })
-                .unwrap()
-            };
-            let got = attention_with_lse(q.view(), poisoned(&k).view(), poisoned(&v).view(), spec).unwrap();
-            assert_eq!(bits(got.0.data()), bits(want.0.data()), "{poison}");
-            assert_eq!(bits(&got.1), bits(&want.1), "{poison}");
+    // Tiles, and rows that are few.
+    for rows in [70, 3] {
+        let (q, k, v) = qkv(4, 2, rows, 200);
+        let hidden = |j: usize| j % 50 == 30 || (100..110).contains(&j);
+        let mask: Vec<bool> = (0..200).map(|j| !hidden(j)).collect();
+        let bias: Vec<f32> = mask.iter().map(|&sees| if sees { 0.5 } else { f32::NEG_INFINITY }).collect();
+        let half: Vec<u16> = bias.iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect();
+        let table = BlockMask::from_fn([1, 1, rows, 200], [1, 1], |[_, _, _, j]| !hidden(j)).unwrap();
+        let shape = [1, 1, 1, 200];
+        let plain = AttentionSpec::new();
+        let specs = [
+            plain.clone().with_mask(Broadcast::from_slice(&mask, shape).unwrap()),
+            plain.clone().with_bias(Bias::F32(Broadcast::from_slice(&bias, shape).unwrap())),
+            plain.clone().with_bias(Bias::Half(
+                qkv_attention::HalfKind::Bf16,
+                Broadcast::from_slice(&half, shape).unwrap(),
+            )),
+            plain.clone().with_block_mask(&table),
+            plain.clone().with_mask(Broadcast::from_slice(&mask, shape).unwrap()).with_softcap(3.0),
+        ];
+        for spec in &specs {
+            let want = everything(&q, &k, &v, spec);
+            // Without value dims scores alone show what has got through.
+            let no_dims = Tensor::zeros([2, 2, 200, 0]).unwrap();
+            let want_lse = everything(&q, &k, &no_dims, spec);
+            for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let poisoned = |t: &Tensor| {
+                    Tensor::from_fn(t.shape(), |[b, h, j, d]| {
+                        if hidden(j) && (j + d) % 3 == 0 { poison } else { t.view().row(b, h, j)[d] }
+                    })
+                    .unwrap()
+                };
+                let (bad_k, bad_v) = (poisoned(&k), poisoned(&v));
+                for (k, v) in [(&bad_k, &v), (&k, &bad_v), (&bad_k, &bad_v)] {
+                    assert_eq!(everything(&q, k, v, spec), want, "{rows} {poison}");
+                }
+                assert_eq!(everything(&q, &bad_k, &no_dims, spec), want_lse, "{rows} {poison}");
+            }
         }
     }
+}
+
+/// The bits of outputs, LSE, maxima and some weights.
+fn everything(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec<'_>) -> [Vec<u32>; 4] {
+    let [batch, heads, rows, _] = q.shape();
+    let mut out = Tensor::zeros([batch, heads, rows, v.shape()[3]]).unwrap();
+    let (mut lse, mut maxima) = (vec![0.0; batch * heads * rows], vec![0.0; batch * heads * rows]);
+    let outputs = Outputs::new(out.view_mut()).with_lse(&mut lse).with_maxima(&mut maxima);
+    attention_into(q.view(), k.view(), v.view(), spec, outputs).unwrap();
+    let selection = Selection { batch: 1, heads: 1..3, rows: 1..rows };
+    let weights = attention_weights(q.view(), k.view(), spec, selection).unwrap();
+    [bits(out.data()), bits(&lse), bits(&maxima), bits(weights.data())]
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The rules of api.md that a number alone does not show: rows without keys, NaN and infinity, strides, bits that do not
+//! What a number alone does not show: rows without keys, NaN and infinity, strides, bits that do not
 //! depend on threads or on the batch.
 
 mod common;

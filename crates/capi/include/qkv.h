@@ -20,8 +20,8 @@
 #include <stdint.h>
 #include <string.h>
 
-// How a call ended. Where it is not QKV_OK, nothing has been written to the outputs, and qkv_last_error_message() says
-// which argument was wrong, what came and what was expected.
+// How a call ended. Where it is not QKV_OK, nothing has been written to the outputs (but see QKV_ERROR_INTERNAL), and
+// qkv_last_error_message() says which argument was wrong, what came and what was expected.
 enum qkv_status
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : int32_t

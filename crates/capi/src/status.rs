@@ -14,8 +14,8 @@ use qkv::rotary::RotaryError;
 use qkv::simd::IsaError;
 use qkv::{AttentionError, TensorError};
 
-/// How a call ended. Where it is not QKV_OK, nothing has been written to the outputs, and qkv_last_error_message() says
-/// which argument was wrong, what came and what was expected.
+/// How a call ended. Where it is not QKV_OK, nothing has been written to the outputs (but see QKV_ERROR_INTERNAL), and
+/// qkv_last_error_message() says which argument was wrong, what came and what was expected.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum qkv_status {

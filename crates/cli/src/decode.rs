@@ -563,7 +563,7 @@ mod tests {
     }
 
     #[test]
-    fn copies_fill_twice_the_third_level_cache() {
+    fn copies_fill_four_times_the_third_level_cache() {
         for storage in [StorageArg::F32, StorageArg::Bf16, StorageArg::F16, StorageArg::Int8] {
             for step in case(storage).steps().unwrap() {
                 assert_eq!(step.bytes as f64, 2.0 * 2.0 * 2.0 * 37.0 * storage.row_bytes(16.0));

@@ -107,9 +107,9 @@ pub fn gemm(a: MatRef<'_>, b: MatRef<'_>, c: &mut MatMut<'_>, spec: &GemmSpec<'_
     Ok(())
 }
 
-/// As [`gemm`], with an epilogue of the caller's own in the place of bias and activation.
+/// As [`gemm`], with an epilogue of the caller's own at the end.
 ///
-/// The epilogue sees `alpha A B + beta C` (plus the bias and through the activation of `spec`, where it has them).
+/// It sees `alpha A B + beta C` (plus the bias and through the activation of `spec`, where it has them).
 ///
 /// # Errors
 /// As [`gemm`].

@@ -50,11 +50,11 @@ const FEW_PARTS: usize = 2;
 /// [`KC`] steps is then up to 4 MiB of the matrix.
 const WIDE: usize = 4096;
 
-/// Values of the large matrix below which the work stays on the caller's thread: half a megabyte, which is read from L2
+/// Values of the large matrix below which no thread is woken: half a megabyte, which is read from L2
 /// in some 10 microseconds.
 const INLINE: f64 = 131_072.0;
 
-/// Values from which on it is shared with a thread that is awake.
+/// Values from which on the work is then shared with a thread that is awake.
 const SHARED: f64 = 32_768.0;
 
 /// Most values of the few rows that are copied where they are not contiguous along k.

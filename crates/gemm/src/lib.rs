@@ -24,7 +24,7 @@
 //! - Threads: `parallel.rs`, `helpers.rs`; memory: [`AlignedBuf`], [`with_scratch`],
 //!   [`prefer_huge_pages`].
 //!
-//! The attention crate uses the tile, the panels and the scratch under the contract in `docs/KERNELS.md`.
+//! The attention crate uses the tile and the scratch under the contract in `docs/KERNELS.md`.
 
 mod batched;
 mod block;

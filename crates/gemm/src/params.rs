@@ -92,11 +92,11 @@ pub(crate) struct Plan {
     pub(crate) threads: Threads,
 }
 
-/// Multiply-adds below which a product stays on the caller's thread: 128 cubed is twice this and takes 40 microseconds on
+/// Multiply-adds below which no thread is woken for a product: 128 cubed is twice this and takes 40 microseconds on
 /// one core, 23 on two. Waking a worker that sleeps takes longer than this takes to compute.
 const INLINE: usize = 1 << 20;
 
-/// Multiply-adds from which on a product that stays on the caller's thread is shared with one that is awake.
+/// Multiply-adds from which on a product for which none is woken is shared with a thread that is awake.
 const SHARED: usize = 1 << 16;
 
 /// Multiply-adds that a task should have at least: 5 microseconds.
@@ -114,10 +114,10 @@ const SMALL: usize = 1 << 25;
 const NC: usize = 1024;
 
 /// Most rows per task. Every range packs B again, which its first tile does in passing. 2048 cubed on two threads with 16 lanes:
-/// 200 GFLOP/s with ranges of 512, 207 with 1024, 212 with one and a task per thread; with 8 lanes within 1 %.
+/// 200 GFLOP/s with ranges of 512, 207 of 1024, 212 with one range of all rows and a task per thread; with 8 lanes within 1 %.
 const ROWS: usize = 2048;
 
-/// Bytes of A from which on its rows are copied side by side block by block: 2048 pages, about the reach of the TLBs of
+/// Bytes of A above which its rows are copied side by side block by block: 2048 pages, about the reach of the TLBs of
 /// the last ten years. Worth 1 to 2 % at 2048 cubed (16 MiB), costs 1 to 2 % at 1024 cubed (4 MiB).
 const FAR: usize = 8 << 20;
 

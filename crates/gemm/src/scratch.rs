@@ -1,6 +1,6 @@
 //! Scratch memory: cache-line aligned storage for panels, kept by each thread from one call to the next.
 //!
-//! A product of 64 x 64 matrices takes about ten microseconds, and asking the system allocator for its panels (with the
+//! A product of 64 x 64 matrices takes a few microseconds, and asking the system allocator for its panels (with the
 //! page faults of fresh memory) would be a visible part of that. So a thread keeps one buffer of at most
 //! [`KEPT`] values and grows it on demand; what is larger is allocated for the one call and given back after it. A
 //! nested call finds the thread's buffer taken and gets a fresh one, so the two never share memory.

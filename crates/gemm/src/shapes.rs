@@ -7,7 +7,7 @@
 //! | --- | --- | --- | --- | --- | --- |
 //! | portable | 16 x 4 lanes | 4 x 2 | 8 | 8 | a product needs a register of its own where there is no FMA |
 //! | avx2 | 16 x 8 lanes | 6 x 2 | 16 | 12 | 15 of 16 registers; 8 loads for 12 FMAs |
-//! | avx512 | 32 x 16 lanes | 8 x 2 | 32 | 16 | 19 of 32 registers; 64 and 128 dims and 96 keys are whole tiles of 8 |
+//! | avx512 | 32 x 16 lanes | 8 x 2 | 32 | 16 | 19 of 32 registers; 64 and 128 dims are whole tiles of 8 |
 
 use qkv_simd::{Isa, Simd, SimdOp};
 

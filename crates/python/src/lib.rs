@@ -3,7 +3,7 @@
 //!
 //! A thin face: it turns Python objects into checked views (`array.rs`), options into a spec (`options.rs`), calls the
 //! Rust API without the GIL, and turns errors into exceptions that name the argument (`error.rs`). What stands behind the
-//! names is documented in `python/qkv/_qkv.pyi`.
+//! names is documented at the functions (`help`); their types are in `python/qkv/_qkv.pyi`.
 
 mod array;
 mod attention;

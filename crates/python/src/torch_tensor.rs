@@ -75,7 +75,7 @@ impl Torch {
             return Err(bad_value(
                 name,
                 "a tensor that requires a gradient",
-                "one that does not (qkv.torch.scaled_dot_product_attention is differentiable; tensor.detach() leaves the gradient out)",
+                "one that does not (qkv.torch.scaled_dot_product_attention takes it, without a backward pass yet; tensor.detach() leaves the gradient out)",
             ));
         }
         if !tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()? {

@@ -3,7 +3,7 @@
 //! Everything above this crate is written once, generic over [`Simd`]. A value of a type that implements
 //! [`Simd`] is a *token*: a zero-sized proof that the CPU running the program has that instruction set. Tokens come
 //! from [`Isa::active`] (what this process uses) or [`Isa::available`] (all that this CPU has), and code enters the
-//! world of an instruction set in one place only, [`Isa::dispatch`], which calls [`Simd::vectorize`]:
+//! world of an instruction set by [`Isa::dispatch`], which calls [`Simd::vectorize`]:
 //!
 //! ```
 //! use qkv_simd::{Isa, Simd, SimdOp};

@@ -3,7 +3,7 @@
 The functions here take numpy arrays, torch tensors and whatever else on the CPU has ``__dlpack__``, in float32, bfloat16 or
 float16. Doors to other libraries are modules of their own, imported when they are first used:
 
-- ``qkv.torch``: a differentiable operator for torch,
+- ``qkv.torch``: an operator for torch, for ``torch.compile`` and ``torch.export`` (the backward pass is not there yet),
 - ``qkv.transformers``: an attention implementation for Hugging Face models,
 - ``qkv.flash_attn``: flash-attention's functions,
 - ``qkv.onnx``: ONNX's Attention and RotaryEmbedding operators.

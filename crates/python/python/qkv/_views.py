@@ -33,7 +33,7 @@ def as_array(name: str, x: Any, like: Any = None) -> Any:
         if x.requires_grad:
             raise ValueError(
                 f"{name}: a tensor that requires a gradient, expected one that does not "
-                "(qkv.torch.scaled_dot_product_attention is differentiable; tensor.detach() leaves the gradient out)"
+                "(qkv.torch.scaled_dot_product_attention takes it, without a backward pass yet; tensor.detach() leaves the gradient out)"
             )
         if x.layout is not sys.modules["torch"].strided:
             raise TypeError(f"{name}: layout {x.layout}, expected a strided tensor")

@@ -3,8 +3,8 @@
 Tensors are (batch, length, heads, dim), `causal` is aligned at the bottom right, and the log-sum-exp of a query without a
 visible key is +inf, its output 0, as there. Beyond flash-attention: float32, head dims and pages of any size, `v` of another
 head dim than `k`, pages together with left padding, and numpy arrays as well as torch tensors. Dropout raises
-`NotImplementedError`; there is no backward pass here, so tensors that require a gradient are refused (`qkv.torch` is
-differentiable). A call that is refused has changed nothing.
+`NotImplementedError`; tensors that require a gradient are refused (`qkv.torch` takes them; its backward pass is not
+there yet). A call that is refused has changed nothing.
 """
 
 from __future__ import annotations
