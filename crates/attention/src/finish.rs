@@ -3,7 +3,6 @@
 
 use qkv_simd::Simd;
 
-use crate::merge::joint_lse;
 use crate::online_softmax::{self, InverseSum};
 use crate::prefill::{Call, Worker};
 use crate::rule::ScoreRule;
@@ -68,7 +67,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         if call.lse.is_some() || call.maxima.is_some() {
             let (max, sum) = self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR].split_at(Self::NR);
             for lane in 0..rows.count {
-                call.store_state(&rows, lane, online_softmax::lse(max[lane], sum[lane]), max[lane]);
+                let lse = online_softmax::lse(max[lane], sum[lane].into(), call.units.natural);
+                call.store_state(&rows, lane, lse, max[lane]);
             }
         }
     }
@@ -132,16 +132,21 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             None => &self.scratch.slots[..parts * slot],
         };
         for lane in 0..count {
-            let state = slots.chunks_exact(slot).map(|slot| (slot[lane], slot[count + lane]));
-            let joint = joint_lse(state.clone().map(|(max, sum)| online_softmax::lse64(max, sum)));
+            let states = slots.chunks_exact(slot).map(|slot| (slot[lane], slot[count + lane]));
+            let max = states.clone().map(|(max, _)| max).fold(f32::NEG_INFINITY, f32::max);
+            let nothing = |state: (f32, f32)| state == (f32::NEG_INFINITY, 0.0);
+            let share = |state: (f32, f32)| match nothing(state) {
+                true => 0.0,
+                false => ((f64::from(state.0) - f64::from(max)) * call.units.natural).exp(),
+            };
+            let sum: f64 = states.clone().map(|state| share(state) * f64::from(state.1)).sum();
             let out = &mut self.scratch.rows[..dv];
             out.fill(0.0);
-            for (slot, (max, sum)) in slots.chunks_exact(slot).zip(state.clone()) {
-                let lse = online_softmax::lse64(max, sum);
-                if lse == f64::NEG_INFINITY {
+            for (slot, state) in slots.chunks_exact(slot).zip(states) {
+                if nothing(state) {
                     continue;
                 }
-                let factor = s.splat(((lse - joint).exp() / f64::from(sum)) as f32);
+                let factor = s.splat((share(state) / sum) as f32);
                 let from = &slot[2 * count + lane * dv..][..dv];
                 let whole = dv / S::LANES * S::LANES;
                 for at in (0..whole).step_by(S::LANES) {
@@ -156,11 +161,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                     s.store_partial(sum, to, dv - whole);
                 }
             }
-            // Not `max`, which drops NaN; but a NaN is in the sums as well.
-            let max =
-                state.fold(f32::NEG_INFINITY, |max, (of_part, _)| if of_part > max { of_part } else { max });
             call.store_row(&rows, lane, &self.scratch.rows[..dv]);
-            call.store_state(&rows, lane, joint as f32, max);
+            call.store_state(&rows, lane, online_softmax::lse(max, sum, call.units.natural), max);
         }
     }
 }
@@ -173,7 +175,7 @@ impl<R> Call<'_, R> {
         unsafe { self.out.store_row(rows.place(lane), from) };
     }
 
-    /// Stores a row's LSE and its maximum, the latter in units of log2, where they are asked for.
+    /// Stores a row's LSE and its maximum, the latter in the units of scores, where they are asked for.
     #[inline(always)]
     fn store_state(&self, rows: &StripRows, lane: usize, lse: f32, max: f32) {
         let [batch, head, position] = rows.place(lane);
@@ -183,7 +185,7 @@ impl<R> Call<'_, R> {
                 *to.row_ptr(batch, head, position) = lse;
             }
             if let Some(to) = &self.maxima {
-                *to.row_ptr(batch, head, position) = max * core::f32::consts::LN_2;
+                *to.row_ptr(batch, head, position) = (f64::from(max) * self.units.natural) as f32;
             }
         }
     }

@@ -43,7 +43,7 @@ pub fn merge<'o>(
             return Err(AttentionError::LseLength { argument: Argument::Lse, given, expected: rows });
         }
     }
-    let mut merged = vec![0.0; dim];
+    let mut merged = vec![0.0; if rows == 0 { 0 } else { dim }];
     for (row, lse) in lse.iter_mut().enumerate() {
         let (batch, head, i) = (row / length / heads, row / length % heads, row % length);
         let (weight_a, weight_b, joint) = weights(a.lse[row], b.lse[row]);
@@ -63,24 +63,16 @@ pub fn merge<'o>(
     Ok(())
 }
 
-/// The log-sum-exp over all parts, from theirs: max + ln(sum of exp(L_p - max)); NaN if any is, -infinity if all are.
-pub(crate) fn joint_lse(parts: impl Iterator<Item = f64> + Clone) -> f64 {
-    // Not `f64::max`, which drops NaN.
-    let max = parts
-        .clone()
-        .fold(f64::NEG_INFINITY, |max, part| if part > max || part.is_nan() { part } else { max });
-    if max == f64::NEG_INFINITY {
-        return max;
-    }
-    max + parts.map(|part| (part - max).exp()).sum::<f64>().ln()
-}
-
-/// The shares of two sides in their merge, and the joint LSE.
+/// The shares of two sides in their merge, and the joint LSE: NaN if either is, -infinity if both are.
 fn weights(a: f32, b: f32) -> (f32, f32, f32) {
     let (a, b) = (f64::from(a), f64::from(b));
-    let joint = joint_lse([a, b].into_iter());
-    if joint == f64::NEG_INFINITY {
+    // Not `f64::max`, which drops NaN.
+    let max = if a > b || a.is_nan() { a } else { b };
+    if max == f64::NEG_INFINITY {
         return (0.0, 0.0, f32::NEG_INFINITY);
     }
-    ((a - joint).exp() as f32, (b - joint).exp() as f32, joint as f32)
+    // Over their sum and not from the joint LSE, in which it is lost where the LSEs are large.
+    let (a, b) = ((a - max).exp(), (b - max).exp());
+    let total = a + b;
+    ((a / total) as f32, (b / total) as f32, (max + total.ln()) as f32)
 }

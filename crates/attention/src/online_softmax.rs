@@ -1,23 +1,24 @@
 //! The one softmax update and the end of a row.
 //!
-//! Per query the state is the largest score so far m, in units of log2, and the sum l of exponentials relative to it. A
-//! block of scores s_j, which are in log2 units after multiplication by c, with maximum b changes it by
+//! Per query the state is the largest score so far m and the sum l of exponentials relative to it. A block of scores s_j, of
+//! which c makes log2 units, with maximum b changes it by
 //!
 //! ```text
-//! m' = max(m, c b)    alpha = 2^(m - m')      p_j = 2^(c s_j - m')    l' = alpha l + sum p_j
+//! m' = max(m, b)    alpha = 2^(c (m - m'))      p_j = 2^(c (s_j - m'))    l' = alpha l + sum p_j
 //! o' = alpha o + sum p_j v_j
 //! ```
 //!
-//! and at the end the output is o / l and the log-sum-exp is ln 2 (m + log2 l) (Milakov and Gimelshein 2018,
+//! and at the end the output is o / l and the log-sum-exp is ln 2 c m + ln l (Milakov and Gimelshein 2018,
 //! arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). Queries are lanes, so all of this is vertical. (Of few
 //! queries a vector holds several keys; their maxima and sums are folded once per block, packed_scores.rs.)
 //!
 //! A query that has seen nothing has m = -infinity; the exponents are then taken relative to 0, which makes every
 //! p_j and alpha +0 rather than 2^(-inf + inf) = NaN. A NaN score is dropped by the maxima, but its own p_j is NaN, and so
-//! become l and o, of its lane alone. c s_j - m' is rounded once: m' is c b rounded, so that the largest exponent may be
-//! half an ULP of m' above 0, the same for all keys of a row.
+//! become l and o, of its lane alone. The difference is taken before the factor: that of the largest score is exactly 0 then, however
+//! large the scores are (c s - c m would be off by half an ULP of c m, hundreds of octaves for scores of 1e10), and c s cannot
+//! overflow.
 
-use qkv_simd::{Simd, math::exp2_nonpositive};
+use qkv_simd::{Simd, math::ScaledExp2};
 
 /// Sums of p_j are kept in this many accumulators by key, so that they do not wait for each other. Also the grid to
 /// which the first key of a strip's part of a block is aligned, so that a query's sums do not depend on its
@@ -39,21 +40,20 @@ pub(crate) fn update<S: Simd, const NV: usize>(
 ) -> [S::F32; NV] {
     let nr = NV * S::LANES;
     let mut alpha = [s.zero(); NV];
-    let mut minus_reference = [s.zero(); NV];
-    let to_log2 = s.splat(to_log2);
+    let mut references = [s.zero(); NV];
+    let power = ScaledExp2::new(s, to_log2);
     for v in 0..NV {
         let old = s.load(&max[v * S::LANES..]);
-        let new = s.max(s.mul(block_max[v], to_log2), old);
-        let reference = reference(s, new);
-        alpha[v] = exp2_nonpositive(s, s.sub(old, reference));
-        minus_reference[v] = s.sub(s.zero(), reference);
+        let new = s.max(block_max[v], old);
+        references[v] = reference(s, new);
+        alpha[v] = power.of(s, s.sub(old, references[v]));
         s.store(new, &mut max[v * S::LANES..]);
     }
 
     // One vector of queries after the other: with the constants of the exponential, two at a time do not fit 16 registers.
     let mut sums = [[s.zero(); SUM_CHAINS]; NV];
     for (v, sums) in sums.iter_mut().enumerate() {
-        let exponent = (v * S::LANES, to_log2, minus_reference[v]);
+        let exponent = (v * S::LANES, power, references[v]);
         let mut chunks = scores.chunks_exact_mut(SUM_CHAINS * nr);
         for chunk in &mut chunks {
             for (chain, sum) in sums.iter_mut().enumerate() {
@@ -88,10 +88,10 @@ pub(crate) fn reference<S: Simd>(s: S, max: S::F32) -> S::F32 {
 fn weigh<S: Simd>(
     s: S,
     row: &mut [f32],
-    (lane, to_log2, minus_reference): (usize, S::F32, S::F32),
+    (lane, power, reference): (usize, ScaledExp2<S::F32>, S::F32),
 ) -> S::F32 {
     let at = &mut row[lane..];
-    let p = exp2_nonpositive(s, s.mul_add(s.load(at), to_log2, minus_reference));
+    let p = power.of(s, s.sub(s.load(at), reference));
     s.store(p, at);
     p
 }
@@ -128,16 +128,11 @@ impl<F: Copy> InverseSum<F> {
     }
 }
 
-/// The natural logarithm of the sum of exponentials, from the state in log2 units: ln 2 (m + log2 l).
-pub(crate) fn lse64(max: f32, sum: f32) -> f64 {
+/// The log-sum-exp from the state; `natural` makes natural units of a score. Finite where the maximum is.
+pub(crate) fn lse(max: f32, sum: f64, natural: f64) -> f32 {
     if max == f32::NEG_INFINITY && sum == 0.0 {
-        f64::NEG_INFINITY
-    } else {
-        f64::from(max) * core::f64::consts::LN_2 + f64::from(sum).ln()
+        return f32::NEG_INFINITY;
     }
-}
-
-/// [`lse64`], rounded.
-pub(crate) fn lse(max: f32, sum: f32) -> f32 {
-    lse64(max, sum) as f32
+    let lse = f64::from(max) * natural + sum.ln();
+    if lse.is_finite() { lse.clamp(f32::MIN.into(), f32::MAX.into()) as f32 } else { lse as f32 }
 }

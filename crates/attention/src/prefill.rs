@@ -267,7 +267,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             for lane in 0..rows.count {
                 let sink = sinks[rows.head(lane)];
                 if sink != f32::NEG_INFINITY {
-                    max[lane] = sink * core::f32::consts::LOG2_E;
+                    max[lane] = sink * self.call.units.unit;
                     sum[lane] = 1.0;
                 }
             }

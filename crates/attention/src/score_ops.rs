@@ -24,8 +24,7 @@ use crate::strip::{MAX_NR, StripRows, load_lanes};
 /// Factors that a call's scores are made with.
 ///
 /// The scale is split: a power of two goes into the packed queries, which is exact, and the rest, with log2(e), is the
-/// factor of the multiply-add that takes a score relative to the row's maximum. So the scale costs no rounding and no
-/// instruction.
+/// factor of the exponential ([`ScaledExp2`](qkv_simd::math::ScaledExp2)). So the scale costs no rounding.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Units {
     /// Folded into the packed queries.
@@ -36,6 +35,8 @@ pub(crate) struct Units {
     pub(crate) unit: f32,
     /// Makes log2 units of a score.
     pub(crate) to_log2: f32,
+    /// Makes natural units of a score.
+    pub(crate) natural: f64,
 }
 
 /// A scale whose exponent is outside of this is folded into the queries as it is, so that nothing overflows on the way.
@@ -48,14 +49,20 @@ impl Units {
         let scale = spec.scale_for(key_dim);
         if let Some(cap) = spec.softcap {
             let query_scale = scale / f64::from(cap);
-            return Self { query_scale, cap: Some(cap), unit: 1.0, to_log2: log2_e as f32 };
+            return Self { query_scale, cap: Some(cap), unit: 1.0, to_log2: log2_e as f32, natural: 1.0 };
         }
         let exponent = scale.abs().log2().floor();
         let splits =
             !rule && exponent >= SPLIT_EXPONENTS.start.into() && exponent < SPLIT_EXPONENTS.end.into();
         let power = if splits { exponent.exp2().copysign(scale) } else { scale };
         let rest = if splits { scale / power } else { 1.0 };
-        Self { query_scale: power, cap: None, unit: (1.0 / rest) as f32, to_log2: (rest * log2_e) as f32 }
+        Self {
+            query_scale: power,
+            cap: None,
+            unit: (1.0 / rest) as f32,
+            to_log2: (rest * log2_e) as f32,
+            natural: rest,
+        }
     }
 }
 

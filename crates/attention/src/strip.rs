@@ -151,7 +151,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let low = (scale - f64::from(high)) as f32;
         for q in packed.chunks_exact_mut(S::LANES) {
             let x = s.load(q);
-            s.store(s.mul_add(x, s.splat(high), s.mul(x, s.splat(low))), q);
+            // An infinite x is infinite times the scale: times `low`, of either sign or 0, it must stay finite.
+            let finite = s.max(s.splat(f32::MIN), s.min(s.splat(f32::MAX), x));
+            s.store(s.mul_add(x, s.splat(high), s.mul(finite, s.splat(low))), q);
         }
     }
 }

@@ -6,7 +6,7 @@ use core::ops::Range;
 
 use qkv_gemm::parallel::run_tasks;
 use qkv_gemm::with_tile;
-use qkv_simd::math::exp2_nonpositive;
+use qkv_simd::math::ScaledExp2;
 use qkv_simd::{Isa, Simd, SimdOp};
 
 use crate::check::{MAX_LENGTH, check_inputs};
@@ -140,9 +140,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         for (i, key) in keys.enumerate() {
             let weights = &mut self.scratch.scores[i * Self::NR..][..Self::NR];
             for at in (0..Self::NR).step_by(S::LANES) {
-                let minus_max = s.sub(s.zero(), reference(s, s.load(&max[at..])));
-                let to_log2 = s.splat(self.call.units.to_log2);
-                let weight = exp2_nonpositive(s, s.mul_add(s.load(&weights[at..]), to_log2, minus_max));
+                let score = s.sub(s.load(&weights[at..]), reference(s, s.load(&max[at..])));
+                let weight = ScaledExp2::new(s, self.call.units.to_log2).of(s, score);
                 let inverse = InverseSum::of(s, s.load(&sum[at..]));
                 s.store(inverse.times(s, weight), &mut weights[at..]);
             }

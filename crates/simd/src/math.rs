@@ -3,6 +3,7 @@
 //! | function | domain | largest error, ULP: fused / separate | operations | NaN |
 //! | --- | --- | --- | --- | --- |
 //! | [`exp2_nonpositive`] | x <= 127; flushed to zero below -126 | 0.80 / 1.08 | 12 | NaN |
+//! | [`ScaledExp2`] | the same of c x | 1.1 / and half an ULP of c x | 12 | NaN |
 //! | [`exp`] | all: to infinity, through the subnormals to 0 | 0.9 / 1.2 | 20 | NaN |
 //! | [`tanh`] | all | 2.3 / 2.5 | 22 and a division | NaN |
 //! | [`erf`] | all | 2.2 / 2.5 | 28 | NaN |
@@ -82,7 +83,7 @@ fn split_exp<S: Simd>(s: S, x: S::F32) -> (S::F32, S::F32, S::F32) {
     (biased, n, s.mul_add(n, s.splat(-LN2_LOW), r))
 }
 
-/// 2^x for x <= 0: the exponential of the online softmax (arguments are scores less their maximum, in units of log2).
+/// 2^x for x <= 0.
 ///
 /// At most 0.80 ULP from the exact value for x in [-126, 0] where [`Simd::mul_add`] is fused, 1.08 where it is not; exactly 1 at 0; below -126 subnormal or zero; +0 at -infinity; NaN for NaN. Positive
 /// arguments up to 127 are computed too, with the same error; beyond, the value is any.
@@ -94,8 +95,42 @@ pub fn exp2_nonpositive<S: Simd>(s: S, x: S::F32) -> S::F32 {
     // `max` returns its second operand for NaN.
     let x = s.max(s.splat(FLUSH), x);
     let biased = s.add(x, s.splat(BIASED_ZERO));
+    exp2_of_parts(s, biased, s.sub(x, s.sub(biased, s.splat(BIASED_ZERO))))
+}
+
+/// 2^(c x) for x <= 0 and a factor c > 0, as in the online softmax: x is a score less its row's maximum, c what makes log2 units of it.
+///
+/// At most 1.1 ULP from the power of the exact c x where [`Simd::mul_add`] is fused, else further by half an ULP of c x; for the
+/// rest as [`exp2_nonpositive`], also where c x would overflow. For factors in 2^-100..2^100.
+#[derive(Clone, Copy, Debug)]
+pub struct ScaledExp2<V> {
+    factor: V,
+    /// The x below which the power is 0.
+    least: V,
+}
+
+impl<V: Copy> ScaledExp2<V> {
+    /// For the factor c.
+    #[inline(always)]
+    pub fn new<S: Simd<F32 = V>>(s: S, factor: f32) -> Self {
+        Self { factor: s.splat(factor), least: s.splat(FLUSH / factor) }
+    }
+
+    /// 2^(c x).
+    #[inline(always)]
+    pub fn of<S: Simd<F32 = V>>(self, s: S, x: V) -> V {
+        // `max` returns its second operand for NaN.
+        let x = s.max(self.least, x);
+        let biased = s.mul_add(x, self.factor, s.splat(BIASED_ZERO));
+        let r = s.mul_add(x, self.factor, s.sub(s.splat(BIASED_ZERO), biased));
+        exp2_of_parts(s, biased, r)
+    }
+}
+
+/// 2^n 2^r from n + [`BIASED_ZERO`] and r.
+#[inline(always)]
+fn exp2_of_parts<S: Simd>(s: S, biased: S::F32, r: S::F32) -> S::F32 {
     let power = s.pow2_of_biased(biased);
-    let r = s.sub(x, s.sub(biased, s.splat(BIASED_ZERO)));
     s.mul_add(s.mul(power, r), polynomial(s, r, &EXP2_Q), power)
 }
 
