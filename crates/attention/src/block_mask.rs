@@ -49,7 +49,9 @@ impl BlockMask {
         mut sees: impl FnMut([usize; 4]) -> bool,
     ) -> Result<Self, AttentionError> {
         let mut mask = Self::empty(shape, block)?;
-        for batch in 0..shape[0] {
+        // Of no blocks there may be any number of rows.
+        let batches = if shape.contains(&0) { 0 } else { shape[0] };
+        for batch in 0..batches {
             for head in 0..shape[1] {
                 for query in 0..shape[2] {
                     for key in 0..shape[3] {
@@ -97,12 +99,17 @@ impl BlockMask {
     /// Whether query i of (batch, head) sees key j by this mask.
     ///
     /// # Panics
-    /// If an index is outside the table.
+    /// If an index is outside the table; one of 1 batch or head stands for any number.
     #[must_use]
     pub fn sees(&self, batch: usize, head: usize, query: usize, key: usize) -> bool {
-        let key = key / self.block[1];
-        assert!(key < self.shape[3]);
-        self.row(batch, head, query / self.block[0])[key / 64] >> (key % 64) & 1 == 1
+        let (query, key) = (query / self.block[0], key / self.block[1]);
+        let [batches, heads, ..] = self.shape;
+        assert!(
+            (batch < batches || batches == 1) && (head < heads || heads == 1),
+            "batch {batch}, head {head}"
+        );
+        assert!(query < self.shape[2] && key < self.shape[3], "block {query}, {key}");
+        self.row(batch, head, query)[key / 64] >> (key % 64) & 1 == 1
     }
 
     /// Whether any query of `queries` sees the key block that `key` is in, and whether all do.

@@ -6,6 +6,7 @@
 
 use crate::check::{check_axis, check_inputs};
 use crate::merge::{self, Part};
+use crate::tensor::has_room;
 use crate::{
     Argument, AttentionError, AttentionSpec, Data, Outputs, QueryRotary, Tensor, TensorMut, attention_into,
 };
@@ -70,12 +71,19 @@ pub fn attention_cascade<'a>(
     let (batch, heads, length, dim) = (shape.batch, shape.query_heads, shape.query_len, shape.value_dim);
     let sizes = [batch, heads, length, dim];
     crate::forward::check_output(&shape, &outputs.out)?;
-    let rows = batch * heads * length;
+    let rows = batch.saturating_mul(heads).saturating_mul(length);
     if let Some(lse) = &outputs.lse
         && lse.len() != rows
     {
         let (given, argument) = (lse.len(), Argument::Lse);
         return Err(AttentionError::LseLength { argument, given, expected: rows });
+    }
+    if rows == 0 {
+        return Ok(());
+    }
+    // Of rows without dims there may be more than there is memory for their LSEs.
+    if !has_room::<f32>(rows.saturating_mul(3)) {
+        return Err(AttentionError::TooLarge { shape: sizes });
     }
     let new = || Tensor::zeros(sizes).map_err(|_| AttentionError::TooLarge { shape: sizes });
     let (mut of_own, mut of_shared) = (new()?, new()?);

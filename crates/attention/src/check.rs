@@ -72,6 +72,12 @@ fn check_spec(shape: &Shape, spec: &AttentionSpec<'_>) -> Result<(), AttentionEr
     if let Some(given) = spec.softcap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
         return Err(AttentionError::BadSoftcap { given });
     }
+    if let Some(cap) = spec.softcap
+        && shape.key_dim > 0
+        && !((spec.scale_for(shape.key_dim) / f64::from(cap)) as f32).is_finite()
+    {
+        return Err(AttentionError::BadSoftcap { given: cap });
+    }
     if spec.window.is_some_and(|window| window.dilation == 0) {
         return Err(AttentionError::ZeroDilation);
     }
@@ -116,7 +122,7 @@ fn check_spec(shape: &Shape, spec: &AttentionSpec<'_>) -> Result<(), AttentionEr
             return Err(AttentionError::Count { argument: "rotary.table", given, expected });
         }
         if positions.len() != shape.query_len {
-            count("rotary.positions", positions.len(), shape.batch * shape.query_len)?;
+            count("rotary.positions", positions.len(), shape.batch.saturating_mul(shape.query_len))?;
         }
         if let Some(index) = positions.iter().position(|&p| p >= table.max_length()) {
             let (given, limit) = (positions[index], table.max_length().saturating_sub(1));
@@ -132,7 +138,7 @@ fn check_spec(shape: &Shape, spec: &AttentionSpec<'_>) -> Result<(), AttentionEr
                 expected: "an even number of at least 2 (bidirectional: 4), and a distance beyond the exact buckets",
             });
         }
-        count("t5_bias", t5.table.len(), t5.buckets * shape.query_heads)?;
+        count("t5_bias", t5.table.len(), t5.buckets.saturating_mul(shape.query_heads))?;
     }
     Ok(())
 }
@@ -157,7 +163,7 @@ pub(crate) fn check_per_sequence(
     if let Some(slopes) = spec.alibi_slopes
         && slopes.len() != shape.query_heads
     {
-        count("alibi_slopes", slopes.len(), sequences * shape.query_heads)?;
+        count("alibi_slopes", slopes.len(), sequences.saturating_mul(shape.query_heads))?;
     }
     if let Some(ends) = spec.documents {
         ascending("documents", ends, shape.key_len)?;

@@ -163,7 +163,7 @@ pub enum AttentionError {
         /// The longest allowed.
         limit: usize,
     },
-    /// The soft cap is not a positive finite number.
+    /// The soft cap is not a positive finite number, or so small that the scale over it is not finite.
     BadSoftcap {
         /// The cap that came.
         given: f32,
@@ -276,6 +276,9 @@ impl fmt::Display for AttentionError {
             }
             AttentionError::TooLong { argument, given, limit } => {
                 write!(f, "{argument}: length {given}, expected at most {limit}")
+            }
+            AttentionError::BadSoftcap { given } if given.is_finite() && *given > 0.0 => {
+                write!(f, "softcap: {given:e}, expected a number by which the scale can be divided")
             }
             AttentionError::BadSoftcap { given } => {
                 write!(f, "softcap: {given}, expected a positive finite number")

@@ -161,6 +161,10 @@ pub(crate) fn run<R: ScoreRule>(
         short_enough(&shape)?;
     }
     let isa = Isa::active()?;
+    // Nothing to write: there may be any number of rows without dims.
+    if out.shape().contains(&0) && lse.is_none() && maxima.is_none() {
+        return Ok(());
+    }
     let plan = Plan::new(shape, spec, sequences, isa, [&k, &v]);
     let shared = plan.shared();
     let units = Units::new(spec, shape.key_dim, R::ACTIVE);

@@ -45,10 +45,10 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Query heads per key/value head.
+    /// Query heads per key/value head; 0 where there is none.
     #[must_use]
     pub fn group(&self) -> usize {
-        self.query_heads / self.kv_heads
+        self.query_heads.checked_div(self.kv_heads).unwrap_or(0)
     }
 
     /// Useful floating-point operations: 2 (dk + dv) for each score, of all keys or of those that a causal mask leaves.
@@ -117,6 +117,9 @@ const COLD: usize = 256 << 10;
 /// cores, which queries and outputs share. Batch 8, 12 heads, S 128 (6 MiB) lost 1 % by asking, 64 packed sequences
 /// (100 MiB) gained 3 % (Zen 5).
 const FAR: usize = 4 << 20;
+
+/// Values that all slots of parts together may take: 32 MiB, half of what a call may take in all.
+const MAX_SLOT_VALUES: usize = 8 << 20;
 
 /// Rows are cut finer, for the threads' sake, until a call has so many tasks, or four for each core.
 const ENOUGH_TASKS: usize = 32;
@@ -245,6 +248,9 @@ impl Plan {
             any_few_rows: true,
             isa: isa.kind().name(),
         };
+        // Results of parts that are left for others to merge have a bound; past it a task takes all parts of its head.
+        let slots = units.saturating_mul(most_parts).saturating_mul(plan.slot());
+        let plan = Self { splits: plan.splits && slots <= MAX_SLOT_VALUES, ..plan };
         let any_few_rows = match &plan.sequences {
             Sequences::Batches { .. } => plan.has_few_rows(&plan.batch_segment(0, None)),
             Sequences::Packed(all) => all.iter().any(|(segment, _)| plan.has_few_rows(segment)),

@@ -19,6 +19,7 @@
 use core::{f64::consts::PI, fmt};
 
 use crate::TensorMut;
+use crate::tensor::has_room;
 
 /// Which dims form a pair.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -317,8 +318,12 @@ impl Rotary {
     pub fn new(config: &RotaryConfig) -> Result<Self, RotaryError> {
         let &RotaryConfig { head_dim, rotary_dim, pairing, max_length, .. } = config;
         check_rotary_dim(rotary_dim, head_dim)?;
-        let (frequencies, attention_factor) = config.frequencies()?;
         let too_large = RotaryError::TooLarge { max_length, rotary_dim };
+        // Where there is no room for a row, there is none for the frequencies.
+        if !has_room::<f32>(rotary_dim) {
+            return Err(too_large);
+        }
+        let (frequencies, attention_factor) = config.frequencies()?;
         let values = max_length.checked_mul(rotary_dim / 2).ok_or(too_large.clone())?;
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         cos.try_reserve_exact(values).and(sin.try_reserve_exact(values)).map_err(|_| too_large)?;

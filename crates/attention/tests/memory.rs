@@ -74,8 +74,26 @@ fn extra_bytes_of_a_mask() -> usize {
     })
 }
 
+/// Bytes that a decoding step takes with many query heads over one, whose keys are cut into parts.
+fn extra_bytes_of_parts() -> usize {
+    let (batch, heads, length, dk, dv) = (31, 32, 32768, 16, 512);
+    // One key and one value for all places, by stride 0.
+    let data = vec![0.1; dv];
+    let kv = |dim| TensorRef::from_slice_strided(&data, 0, [batch, 1, length, dim], [0, 0, 0, 1]).unwrap();
+    let q = TensorRef::from_slice_strided(&data, 0, [batch, heads, 1, dk], [0, 0, 0, 1]).unwrap();
+    let mut out = Tensor::zeros([batch, heads, 1, dv]).unwrap();
+    let before = LIVE.load(Ordering::SeqCst);
+    PEAK.store(before, Ordering::SeqCst);
+    let outputs = Outputs::new(out.view_mut());
+    attention_into(q, kv(dk), kv(dv), &AttentionSpec::new(), outputs).unwrap();
+    PEAK.load(Ordering::SeqCst) - before
+}
+
 #[test]
 fn scratch_is_fixed() {
+    let parts = extra_bytes_of_parts();
+    println!("parts of 31 x 32 heads over one, dim 512: {parts} bytes");
+    assert!(parts < 64 << 20, "{parts} bytes");
     let mask = extra_bytes_of_a_mask();
     println!("with a mask of 64 x 8192: {mask} bytes beyond the scratch");
     assert!(mask <= 4096, "{mask} bytes");

@@ -1,8 +1,12 @@
 //! Every option that can be wrong is refused by a typed error that names it, and nothing is written.
 
+use qkv_attention::cache::{KvCache, KvCacheConfig};
+use qkv_attention::merge::{Part, merge};
+use qkv_attention::rotary::{Rotary, RotaryConfig};
 use qkv_attention::{
-    AttentionError, AttentionSpec, Bias, BlockMask, Broadcast, Causal, Outputs, Packed, T5Bias, Tensor,
-    Window, attention, attention_into, attention_packed,
+    AttentionError, AttentionSpec, Bias, BlockMask, Broadcast, Causal, KeysValues, Outputs, Packed,
+    QueryRotary, T5Bias, Tensor, TensorMut, TensorRef, Window, attention, attention_cascade, attention_into,
+    attention_packed,
 };
 
 fn tensors() -> (Tensor, Tensor) {
@@ -75,6 +79,13 @@ fn numbers_out_of_range() {
             format!("softcap: {cap}, expected a positive finite number")
         );
     }
+    for (scale, cap) in [(1.0, 1e-39), (1e10, 1e-30), (0.5, 1e-45)] {
+        let text = refusal(&spec().with_scale(scale).with_softcap(cap));
+        assert!(
+            text.starts_with("softcap: ") && text.ends_with("by which the scale can be divided"),
+            "{text}"
+        );
+    }
     let window = Window::new(None, None).with_dilation(0);
     assert_eq!(refusal(&spec().with_window(window)), "window: dilation 0, expected at least 1");
     let table = [0.0; 32 * 4];
@@ -145,4 +156,49 @@ fn packed_batches() {
     let error =
         attention_packed(q.view(), k.view(), k.view(), packed, &AttentionSpec::new(), outputs).unwrap_err();
     assert!(error.to_string().starts_with("query: batch is 2, expected 1"));
+}
+
+#[test]
+fn sizes_whose_products_wrap_around() {
+    // 2^63 buckets for 4 heads, and 2^20 batches of 2^48 queries, come to 0.
+    let t5 = T5Bias { table: &[], buckets: 1 << 63, max_distance: usize::MAX, bidirectional: false };
+    assert!(refusal(&AttentionSpec::new().with_t5_bias(t5)).starts_with("t5_bias: "));
+    let table = Rotary::new(&RotaryConfig::new(4)).unwrap();
+    let rotary = QueryRotary { table: &table, positions: &[] };
+    let values = [0.0; 4];
+    let q = TensorRef::from_slice_strided(&values, 0, [1 << 20, 1, 1 << 44, 4], [0, 0, 0, 1]).unwrap();
+    let k = TensorRef::from_slice_strided(&values, 0, [1 << 20, 1, 1, 4], [0, 0, 0, 1]).unwrap();
+    let v = TensorRef::from_slice(&values[..0], [1 << 20, 1, 1, 0]).unwrap();
+    let mut out: [f32; 0] = [];
+    let out = TensorMut::from_slice(&mut out, [1 << 20, 1, 1 << 44, 0]).unwrap();
+    let spec = AttentionSpec::new().with_rotary(rotary);
+    let error = attention_into(q, k, v, &spec, Outputs::new(out)).unwrap_err();
+    assert!(error.to_string().starts_with("rotary.positions: "), "{error}");
+}
+
+#[test]
+fn nothing_in_any_number_takes_neither_time_nor_memory() {
+    let values = [0.0; 4];
+    let many = 1 << 42;
+    let q = TensorRef::from_slice_strided(&values, 0, [many, 1, 1, 4], [0, 0, 0, 1]).unwrap();
+    let v = TensorRef::from_slice(&values[..0], [many, 1, 1, 0]).unwrap();
+    let no_dims = || TensorMut::<f32>::from_slice(&mut [], [many, 1, 1, 0]).unwrap();
+    attention_into(q, q, v, &AttentionSpec::new(), Outputs::new(no_dims())).unwrap();
+    let one = |dim| TensorRef::from_slice(&values[..dim], [1, 1, 1, dim]).unwrap();
+    let (shared, own) = (KeysValues::new(one(4), one(0)), KeysValues::new(q, v));
+    let error =
+        attention_cascade(q, shared, own, &AttentionSpec::new(), Outputs::new(no_dims())).unwrap_err();
+    assert!(matches!(error, AttentionError::TooLarge { .. }), "{error}");
+
+    assert!(Rotary::new(&RotaryConfig::new(1 << 45).with_max_length(0)).is_err());
+    assert!(Rotary::new(&RotaryConfig::new(usize::MAX - 1)).is_err());
+    BlockMask::from_fn([1 << 40, 1, 1, 0], [1, 1], |_| unreachable!()).unwrap();
+    let wide = 1 << 45;
+    let rows = || TensorRef::from_slice(&values[..0], [0, 1, 1, wide]).unwrap();
+    let out = TensorMut::<f32>::from_slice(&mut [], [0, 1, 1, wide]).unwrap();
+    let part = || Part { out: rows(), lse: &[] };
+    merge(part(), part(), out, &mut []).unwrap();
+    let mut cache = KvCache::new(KvCacheConfig::new(1, 1, 0, wide, 1)).unwrap();
+    let none = |dim| TensorRef::from_slice(&values[..0], [1, 1, 0, dim]).unwrap();
+    cache.append(none(wide), none(1)).unwrap();
 }

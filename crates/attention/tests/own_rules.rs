@@ -11,7 +11,8 @@ use half::{bf16, f16};
 use qkv_attention::reference::{self, Place};
 use qkv_attention::rule::{PerPlace, PerScore, RuleLanes, RuleRows, ScoreRule, mask_mod, score_mod};
 use qkv_attention::{
-    AttentionSpec, Causal, Data, Int8Ref, Outputs, Tensor, TensorRef, attention, attention_with_rule,
+    AttentionSpec, Bias, Broadcast, Causal, Data, Int8Ref, Outputs, Tensor, TensorRef, attention,
+    attention_with_rule,
 };
 use qkv_simd::Simd;
 
@@ -210,4 +211,23 @@ fn sequences_whose_positions_f32_cannot_tell_apart_are_refused() {
     let rule = Rule::Alibi(1.0);
     let error = attention_with_rule(one, long, long, &AttentionSpec::new(), rule, outputs).unwrap_err();
     assert!(error.to_string().starts_with("key: length 16777217, expected at most"), "{error}");
+}
+
+#[test]
+fn closures_are_asked_about_queries_that_there_are() {
+    for rows in [1, 3, 20, 33] {
+        let qkv = qkv(4, 2, rows, 50);
+        let [q, k, v] = views(&qkv);
+        // As long as there are queries, and not a value longer.
+        let per_query: Vec<f32> = (0..rows).map(|i| i as f32 / 10.0).collect();
+        let per_key: Vec<f32> = (0..50).map(|j| (j as f32 - 25.0) / 25.0).collect();
+        let mut got = Tensor::zeros([2, 4, rows, 24]).unwrap();
+        let rule = score_mod(|at: Place, score| score + per_query[at.query] * per_key[at.key]);
+        let outputs = Outputs::new(got.view_mut());
+        attention_with_rule(q, k, v, &AttentionSpec::new(), rule, outputs).unwrap();
+        let bias: Vec<f32> = (0..rows * 50).map(|at| per_query[at / 50] * per_key[at % 50]).collect();
+        let bias = Bias::F32(Broadcast::from_slice(&bias, [1, 1, rows, 50]).unwrap());
+        let want = attention(q, k, v, &AttentionSpec::new().with_bias(bias)).unwrap();
+        assert_close("looked up", got.data(), &wide(&want), 1e-6);
+    }
 }

@@ -230,6 +230,9 @@ static void options(void) {
     mask_tensor.strides[2] = mask_tensor.strides[3] = 0;
     SPOILT((c.options.block_mask = &mask_tensor, c.options.block_mask_queries = 2, c.options.block_mask_keys = 2),
            QKV_ERROR_MEMORY, "block_mask: shape ");
+    mask_tensor = qkv_tensor_bhsd(NULL, QKV_DTYPE_BOOL, INT64_C(1) << 40, 1, 1, 0);
+    SPOILT((c.options.block_mask = &mask_tensor, c.options.block_mask_queries = 2, c.options.block_mask_keys = 2),
+           QKV_ERROR_SHAPE, "block_mask: shape ");
     SPOILT(c.options.rotary = (const qkv_rotary *)&mask_tensor, QKV_ERROR_HANDLE, "rotary: handle ");
     SPOILT((c.options.rotary_positions.data = lengths, c.options.rotary_positions.count = 2), QKV_ERROR_SHAPE,
            "rotary_positions: 2 entries");

@@ -91,7 +91,7 @@ impl Rows<'_> {
         target: impl Fn(usize, usize) -> usize,
     ) -> Result<(), CacheError> {
         let [_, heads, length, dim] = self.data.shape();
-        let mut row = vec![0.0f32; dim];
+        let mut row = vec![0.0f32; if heads * length == 0 { 0 } else { dim }];
         for head in 0..heads {
             for index in 0..length {
                 let (source, target) = ([self.batch, head, index], target(head, index));
