@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -227,6 +228,17 @@ def test_compile_under_autocast():
         assert torch.equal(result[0], qkv.torch.attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
 
 
+def test_bias_under_autocast():
+    q, k, v = (t.half() for t in inputs())
+    bias = torch.randn(16, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = qkv.torch.attention(q, k, v, bias=bias.half())
+        whole = qkv.torch.attention(q, k, v, bias=bias)
+    q, k, v = (t.bfloat16() for t in (q, k, v))
+    assert torch.equal(half, qkv.torch.attention(q, k, v, bias=bias.half().bfloat16()))
+    assert torch.equal(whole, qkv.torch.attention(q, k, v, bias=bias))
+
+
 def test_export():
     class Model(torch.nn.Module):
         def forward(self, q, k, v):
@@ -249,7 +261,7 @@ def test_fake_tensors():
         fake = [mode.from_tensor(t) for t in (q, k, v)]
         out, lse = qkv.torch.attention(*fake, return_lse=True)
         same = qkv.torch.scaled_dot_product_attention(*fake, enable_gqa=True)
-        with pytest.raises(ValueError, match="k: last axis"):
+        with pytest.raises(ValueError, match="k: head dim"):
             qkv.torch.attention(fake[0], fake[2], fake[2])
         with pytest.raises(NotImplementedError, match="dropout_p.*not supported"):
             qkv.torch.scaled_dot_product_attention(*fake, dropout_p=0.5)
@@ -282,6 +294,14 @@ def test_vmap():
     assert torch.equal(out[3], qkv.torch.attention(q, k, v)) and lse.shape == (4, 2, 8, 16)
     rows = torch.vmap(lambda a, b, c: qkv.torch.scaled_dot_product_attention(a, b, c, enable_gqa=True))(q, k, v)
     close(rows, torch_sdpa(q, k, v, enable_gqa=True))
+
+
+def test_vmap_over_nothing():
+    q, k, v = inputs(kv_heads=8)
+    assert torch.vmap(qkv.torch.scaled_dot_product_attention)(q[:0], k[:0], v[:0]).shape == (0, 8, 16, 16)
+    lengths = torch.zeros(2, 0, dtype=torch.int64)
+    out, lse = torch.vmap(lambda n: qkv.torch.attention(q, k, v, kv_lengths=n, return_lse=True), in_dims=1)(lengths)
+    assert out.shape == (0, 2, 8, 16, 16) and lse.shape == (0, 2, 8, 16) and out.dtype == lse.dtype == torch.float32
 
 
 def test_a_mode_sees_the_operator():
@@ -360,6 +380,66 @@ def test_compiled_forward_under_grad(backend):
         out.sum().backward()
 
 
+def directions(f, x):
+    """Each way to ask torch for the derivative of f at x."""
+    from torch import func
+    from torch.autograd import forward_ad
+
+    def dual():
+        with forward_ad.dual_level():
+            f(forward_ad.make_dual(x, torch.ones_like(x)))
+
+    def total(a):
+        return f(a).sum()
+
+    return {
+        "jvp": lambda: func.jvp(f, (x,), (x,)),
+        "jacfwd": lambda: func.jacfwd(total)(x),
+        "linearize": lambda: func.linearize(f, x),
+        "forward_ad": dual,
+        "vmap(jvp)": lambda: func.vmap(lambda a: func.jvp(f, (a,), (a,)))(x[None]),
+        "jvp(vmap)": lambda: func.jvp(lambda a: func.vmap(f)(a[None]), (x,), (x,)),
+        "grad": lambda: func.grad(total)(x),
+        "jacrev": lambda: func.jacrev(total)(x),
+        "hessian": lambda: func.hessian(total)(x),
+        "vmap(grad)": lambda: func.vmap(func.grad(total))(x[None]),
+        "grad(vmap)": lambda: func.grad(lambda a: func.vmap(f)(a[None]).sum())(x),
+        "compiled jvp": lambda: torch.compile(lambda a: func.jvp(f, (a,), (a,)), backend="eager")(x),
+        "compiled grad": lambda: torch.compile(func.grad(total), backend="eager")(x),
+    }
+
+
+@pytest.mark.parametrize("way", list(directions(None, torch.zeros(1))))
+def test_derivatives_of_functions_are_refused(way):
+    torch.compiler.reset()
+    q, k, v = inputs(heads=2)
+    bias = torch.zeros(16, 24)
+    for f, x in (
+        (lambda a: qkv.torch.scaled_dot_product_attention(a, k, v), q),
+        (lambda a: qkv.torch.attention(q, k, v, bias=a, return_lse=True)[1], bias),
+        (lambda a: SDPA(a, k, v), q),
+    ):
+        with pytest.raises(NotImplementedError, match="not supported"):
+            directions(f, x)[way]()
+
+
+def test_what_is_detached_goes_through_derivatives():
+    from torch.func import grad, jvp
+
+    q, k, v = inputs(heads=2)
+    expected = qkv.torch.attention(q, k, v)
+
+    def quiet(a):
+        with torch.no_grad():
+            return qkv.torch.attention(a, k, v)
+
+    for f in (lambda a: qkv.torch.attention(a.detach(), k, v) * a.mean(), lambda a: quiet(a.detach()) * a.mean()):
+        out, tangent = jvp(f, (q,), (torch.ones_like(q),))
+        close(out, expected * q.mean())
+        close(tangent, expected)
+        close(grad(lambda a: f(a).sum())(q), torch.full_like(q, expected.sum() / q.numel()))
+
+
 def test_out_with_a_gradient_is_refused():
     q, k, v = inputs()
     with pytest.raises(NotImplementedError, match="out.*not supported"):
@@ -402,3 +482,177 @@ def test_another_device_is_refused():
         far = torch.empty(2, 8, 16, 32, device="cuda")
         with pytest.raises(ValueError, match="query: is on device 'cuda"):
             qkv.torch.scaled_dot_product_attention(far, k, v)
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_meta_beside_the_cpu_is_refused(fake):
+    """Nothing would be computed, and the result's memory would be what was there."""
+    from contextlib import nullcontext
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode() if fake else nullcontext():
+        q, k, v = (torch.zeros(shape) for shape in ((2, 8, 16, 32), (2, 2, 24, 32), (2, 2, 24, 16)))
+        extras = {
+            "mask": torch.ones(16, 24, dtype=torch.bool),
+            "bias": torch.zeros(16, 24),
+            "alibi_slopes": torch.zeros(8),
+            "sinks": torch.zeros(8),
+            "kv_lengths": torch.ones(2, dtype=torch.int64),
+            "out": torch.zeros(2, 8, 16, 16),
+        }
+        every = {"q": q, "k": k, "v": v, **extras}
+        for name in every:
+            given = {n: t.to("meta") if n == name else t for n, t in every.items()}
+            with pytest.raises(ValueError, match=f"^{name}: is on device 'meta'.*on device 'cpu'"):
+                qkv.torch.attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+        for i, name in enumerate(("query", "key", "value", "attn_mask")):
+            given = [t.to("meta") if n == i else t for n, t in enumerate((q, k, v, extras["mask"]))]
+            for call in (qkv.torch.scaled_dot_product_attention, SDPA):
+                with pytest.raises(ValueError, match=f"^{name}: is on device 'meta'"):
+                    call(*given, enable_gqa=True)
+
+
+def test_meta_with_a_list_of_lengths():
+    q, k, v = (t.to("meta") for t in inputs())
+    assert qkv.torch.attention(q, k, v, kv_lengths=[3, 24]).device.type == "meta"
+
+
+def outcome(call):
+    """What a call raises, or the shape of what it returns."""
+    try:
+        result = call()
+    except Exception as error:
+        return type(error), str(error)
+    return [(t.shape, t.dtype) for t in (result if isinstance(result, tuple) else (result,))]
+
+
+SDPA_OPTIONS = [
+    *({"is_causal": x} for x in (1, 0, "x", None, True, np.bool_(True))),
+    *({"enable_gqa": x} for x in (1, "x", None, True)),
+    *({"scale": x} for x in ("x", [1.0], 1, np.float32(0.5), torch.tensor(0.5), math.nan, math.inf)),
+    *({"dropout_p": x} for x in ("x", None, 0, 0.1, -0.1, 2.0)),
+]
+ATTENTION_OPTIONS = [
+    *({"causal": x} for x in (True, 1.5, "x", "top_left", 3, np.int64(1), torch.tensor(1), 2**50, 2**70)),
+    *({"window": x} for x in (4, (1,), (1, 2, 3), (1.5, 0), [1.5, 0], (True, 0), (-2, 0), [1, None], (-1, 3), (2**63, 0))),
+    *({"softcap": x} for x in ("x", 0.0, -1.0, np.float32(2), math.nan)),
+    *({"scale": x} for x in ("x", math.inf, 1)),
+    *({"layout": x} for x in ("x", 1, None, "bhsd")),
+    *({"return_lse": x} for x in (1, "x", None, True)),
+    *({"kv_lengths": x} for x in ("x", [[1], [1, 2]], [1.0, 2.0], [3, 99], [3, 2], np.array([3, 2]))),
+    *({"out": torch.empty(x)} for x in ((2, 8, 16, 15), (2, 8, 16, 16))),
+    {"out": torch.empty(2, 8, 16, 16, dtype=torch.float16)},
+]
+
+
+@pytest.mark.parametrize("given", SDPA_OPTIONS, ids=str)
+def test_both_routes_take_the_same_options_of_sdpa(given):
+    q, k, v = inputs(kv_heads=8)
+    direct = outcome(lambda: qkv.torch.scaled_dot_product_attention(q, k, v, **given))
+    with torch.no_grad():
+        through = outcome(lambda: qkv.torch.scaled_dot_product_attention(q.requires_grad_(), k, v, **given))
+    assert direct == through and (isinstance(direct, list) or direct[1].startswith(f"{next(iter(given))}: "))
+
+
+@pytest.mark.parametrize("given", ATTENTION_OPTIONS, ids=str)
+def test_both_routes_take_the_same_options_of_attention(given):
+    q, k, v = inputs()
+    direct = outcome(lambda: qkv.torch.attention(q, k, v, **given))
+    with torch.no_grad():
+        through = outcome(lambda: qkv.torch.attention(q.requires_grad_(), k, v, **given))
+    assert direct == through and (isinstance(direct, list) or direct[1].startswith(next(iter(given))))
+
+
+@pytest.mark.parametrize("given", [{"is_causal": 1}, {"window": (True, 0)}, {"return_lse": 1}], ids=str)
+def test_compile_makes_no_bool_of_a_number(given):
+    torch.compiler.reset()
+    call = qkv.torch.scaled_dot_product_attention if "is_causal" in given else qkv.torch.attention
+    with pytest.raises(TypeError, match=next(iter(given))):
+        torch.compile(lambda *t: call(*t, **given), backend="eager")(*inputs(kv_heads=8))
+
+
+def both(call, tensors):
+    """What a call comes to for tensors, and for fake ones."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fake = outcome(lambda: call(*(None if t is None else mode.from_tensor(t) for t in tensors)))
+    return outcome(lambda: call(*tensors)), fake
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((2, 4, 3, 8), (2, 3, 5, 8), (2, 3, 5, 6)),
+        ((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6)),
+        ((2, 4, 3, 8), (2, 2, 5, 8), (2, 4, 5, 6)),
+        ((2, 4, 3, 8), (2, 0, 5, 8), (2, 0, 5, 6)),
+        ((2, 4, 3, 8), (2, 4, 5, 7), (2, 4, 5, 6)),
+        ((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 4, 6)),
+        ((2, 4, 3, 8), (3, 4, 5, 8), (2, 4, 5, 6)),
+        ((1, 4, 3, 8), (2, 1, 5, 8), (3, 1, 5, 6)),
+        ((3, 8), (5, 8), (5, 6)),
+        ((3, 8), (7, 4, 5, 8), (4, 5, 6)),
+        ((3, 8), (5, 9), (5, 6)),
+        ((8,), (5, 8), (5, 6)),
+    ],
+    ids=str,
+)
+def test_fake_shapes_of_sdpa(shapes, gqa):
+    real, fake = both(lambda *t: qkv.torch.scaled_dot_product_attention(*t, enable_gqa=gqa), [zeros(*s) for s in shapes])
+    assert real == fake
+
+
+@pytest.mark.parametrize("mask", [(3, 5), (2, 5), (5,), (1, 4, 1, 1), (3, 1, 1, 1), (1, 1, 1, 3, 5), (2, 4, 3, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16, torch.float64, torch.int16])
+def test_fake_masks(mask, dtype):
+    tensors = [zeros(2, 4, 3, 8), zeros(2, 4, 5, 8), zeros(2, 4, 5, 6), zeros(*mask, dtype=dtype)]
+    for causal in (False, True):
+        call = lambda q, k, v, m: qkv.torch.scaled_dot_product_attention(q, k, v, m, is_causal=causal)
+        real, fake = both(call, tensors)
+        assert real == fake
+    for name in ("mask", "bias"):
+        real, fake = both(lambda q, k, v, m: qkv.torch.attention(q, k, v, **{name: m}), tensors)
+        assert real == fake
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize(
+    "name,shape",
+    [
+        *(("q", s) for s in ((2, 6, 4, 8), (2, 5, 5, 8), (1, 4, 4, 8), (2, 4, 4, 7), (2, 4, 8), (2, 0, 4, 8), (2, 4, 0, 8))),
+        *(("k", s) for s in ((2, 2, 2, 7), (2, 0, 0, 8), (2, 3, 3, 8))),
+        *(("v", s) for s in ((2, 2, 2, 9), (3, 2, 2, 8), (2, 1, 2, 8), (2, 2, 1, 8), (2, 2, 2, 2, 8))),
+        *(("alibi_slopes", s) for s in ((4,), (2, 4), (1, 4), (3,), ())),
+        *(("sinks", s) for s in ((4,), (2, 4), (3,))),
+        *(("kv_lengths", s) for s in ((2,), (3,), (1, 2))),
+    ],
+)
+def test_fake_shapes_of_attention(name, shape, layout):
+    given = {"q": zeros(2, 4, 4, 8), "k": zeros(2, 2, 2, 8), "v": zeros(2, 2, 2, 8)}
+    given[name] = zeros(*shape, dtype=torch.int64 if name == "kv_lengths" else torch.float32)
+    for return_lse in (False, True):
+        options = {"layout": layout, "return_lse": return_lse}
+        call = lambda q, k, v, *x: qkv.torch.attention(q, k, v, **dict(zip(list(given)[3:], x)), **options)
+        real, fake = both(call, list(given.values()))
+        assert real == fake
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.int16, torch.complex64, torch.float16])
+@pytest.mark.parametrize("name", ["q", "k", "v", "alibi_slopes", "sinks", "kv_lengths"])
+def test_fake_types(name, dtype):
+    given = {"q": zeros(2, 4, 4, 8), "k": zeros(2, 2, 2, 8), "v": zeros(2, 2, 2, 8)}
+    shape = given[name].shape if name in given else (2 if name == "kv_lengths" else 4,)
+    given[name] = zeros(*shape, dtype=dtype)
+    call = lambda q, k, v, *x: qkv.torch.attention(q, k, v, **dict(zip(list(given)[3:], x)))
+    real, fake = both(call, list(given.values()))
+    assert real == fake
+    if len(given) == 3:
+        call = lambda *t: qkv.torch.scaled_dot_product_attention(*t, enable_gqa=True)
+        real, fake = both(call, list(given.values()))
+        assert real == fake

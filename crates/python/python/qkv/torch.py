@@ -8,8 +8,8 @@ the options of `qkv.attention`. Both are operators in torch's dispatcher (`torch
 Outside all of these, and where no gradient is wanted, a call goes straight to the native function: the dispatcher
 would cost more than a small problem takes.
 
-There is no backward pass yet: the forward pass under grad mode gives a result that is attached to the graph, and
-`backward()` through it raises `NotImplementedError`.
+There are no derivatives yet: the forward pass under grad mode gives a result that is attached to the graph, and
+`backward()` through it raises `NotImplementedError`, as do `torch.func.grad`, `torch.func.jvp` and what is made of them.
 
 >>> import torch, qkv.torch
 >>> q = torch.randn(2, 8, 128, 64)
@@ -23,18 +23,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 from qkv import attention as _native_attention
 from qkv import scaled_dot_product_attention as _native_sdpa
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
-_LAYOUTS = ("bhsd", "bshd")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# The types that the native functions know at all.
+_KNOWN = (*_FLOATS, torch.float64, torch.bool, torch.int8, torch.uint8, torch.int32, torch.int64)
+_SDPA_TENSORS = ("query", "key", "value", "attn_mask")
+_TENSORS = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks", "kv_lengths")
+_LAYOUT = '"bhsd" or "bshd"'
+_CAUSAL = 'None, "top_left", "bottom_right" or an int offset'
+_WINDOW = "None or (left, right), each None, -1 or a number of keys"
 _NO_BACKWARD = (
     "qkv: the backward pass is not supported yet; run under torch.no_grad() (or detach query, key, value, mask, bias "
     "and sinks), or use torch's own attention where gradients are needed"
+)
+_NO_FORWARD_MODE = (
+    "qkv: forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad) are not supported yet; use torch's own "
+    "attention where they are needed"
 )
 
 
@@ -46,7 +60,7 @@ def _direct(*tensors: Any) -> bool:
 
     Each test is for something that would miss the call, or see raw memory that is not the tensor's value: a graph that
     is being traced, a mode on one of the stacks (fake tensors, autocast, profilers that count), a `torch.func` level,
-    a subclass, another device, a lazy negation, and a gradient. Together they take about a microsecond.
+    a subclass, another device, a lazy negation, and a derivative of either mode. Together they take about a microsecond.
     """
     # First, and alone: `torch.compile` reads this as a constant and does not look at the rest.
     if torch.compiler.is_compiling():
@@ -56,7 +70,8 @@ def _direct(*tensors: Any) -> bool:
         return False
     if c._functorch.peek_interpreter_stack() is not None or c._get_tracing_state() is not None:
         return False
-    if torch.is_autocast_enabled("cpu"):
+    # A tangent is not seen on the tensor itself, as a gradient is.
+    if forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
     for t in tensors:
         if t is None:
@@ -76,25 +91,71 @@ def _plain(t: Tensor | None) -> Tensor | None:
     return t.detach() if t.requires_grad else t
 
 
-def _check_tensor(name: str, t: Any, optional: bool = False) -> None:
-    """Refuses what is not a tensor on the CPU ("meta" stands for any device: it has shapes only)."""
-    if t is None and optional:
-        return
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(t).__name__}")
-    if not (t.is_cpu or t.is_meta):
-        raise ValueError(f"{name}: is on device '{t.device}'; qkv computes on the CPU, so give a tensor on device 'cpu'")
-
-
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What torch's attention does under `torch.autocast("cpu")`: float tensors take the autocast type.
 
     It also makes one type of what autocast leaves mixed, such as rotated keys in float32 beside bfloat16 values.
     """
     dtype = torch.get_autocast_dtype("cpu")
-    return tuple(
-        t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16, torch.bfloat16) else t for t in tensors
-    )
+    return tuple(t.to(dtype) if t is not None and t.dtype in _FLOATS else t for t in tensors)
+
+
+# --- refusals, in the native functions' words --------------------------------------------------------------------
+
+
+def _check_tensors(**tensors: Any) -> None:
+    """Refuses what is not a tensor, and devices where nothing is computed. All but the first three may be left out."""
+    for i, (name, t) in enumerate(tensors.items()):
+        if not (isinstance(t, Tensor) or t is None and i >= 3):
+            raise TypeError(f"{name}: expected a torch.Tensor{' or None' if i >= 3 else ''}, got {type(t).__name__}")
+    _check_devices(tensors)
+
+
+def _check_devices(tensors: dict[str, Tensor | None]) -> None:
+    """Refuses what is not on the CPU, but for "meta" where all tensors are: such a call is about shapes only."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    if all(t.is_meta for t in given.values()):
+        return
+    for name, t in given.items():
+        if not t.is_cpu:
+            raise ValueError(f"{name}: is on device '{t.device}'; qkv computes on the CPU, so give a tensor on device 'cpu'")
+
+
+_ONE = np.zeros((1, 1, 1, 1), np.float32)
+
+
+def _check_options(native: Any, **options: Any) -> None:
+    """Refuses what the native function refuses, by calling it on one element (an array, which no mode of torch sees).
+
+    The dispatcher takes some of it, such as 1 for a bool, and refuses the rest in its own words.
+    """
+    # While dynamo traces there is no calling it: what is wrong and not noticed by then is refused when the graph runs.
+    if not torch.compiler.is_compiling():
+        native(_ONE, _ONE, _ONE, **{name: _without_symbols(x) for name, x in options.items()})
+
+
+def _without_symbols(x: Any) -> Any:
+    """An option with None in place of symbols: looking at their values would fix them."""
+    if isinstance(x, (tuple, list)):
+        values = map(_without_symbols, x)
+        return list(values) if isinstance(x, list) else tuple(values)
+    return None if isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) else x
+
+
+def _flag(name: str, x: Any) -> bool:
+    """A bool. Checked here too, for a call that is traced: the dispatcher would make one of any number."""
+    if not (x is None or isinstance(x, (bool, np.bool_))):
+        raise TypeError(f"{name}: {x!r}, expected True or False")
+    return bool(x)
+
+
+def _lengths(kv_lengths: Any, q: Any) -> Tensor:
+    """`kv_lengths` that are not a tensor as one, beside q."""
+    device = "meta" if isinstance(q, Tensor) and q.is_meta else "cpu"
+    try:
+        return torch.as_tensor(kv_lengths, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"kv_lengths: {kv_lengths!r}, expected integers (batch,)") from error
 
 
 # --- the operators -----------------------------------------------------------------------------------------------
@@ -119,15 +180,9 @@ _LIB.define(f"attention_with_lse{_ATTENTION_ARGS} -> (Tensor, Tensor)", tags=_TA
 _LIB.define("backward_not_supported(Tensor grad, Tensor like) -> Tensor", tags=_TAGS)
 
 
-def _require_cpu(*tensors: Tensor | None) -> None:
-    """The kernels are registered for every device, so that another one is refused by name here."""
-    for t in tensors:
-        if t is not None and not t.is_cpu:
-            raise ValueError(f"qkv: a tensor is on device '{t.device}'; qkv computes on the CPU, so give tensors on device 'cpu'")
-
-
 def _sdpa_kernel(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    _require_cpu(query, key, value, attn_mask)
+    # Registered for every device, so that another one is refused by name.
+    _check_devices(dict(zip(_SDPA_TENSORS, (query, key, value, attn_mask))))
     return _native_sdpa(_plain(query), _plain(key), _plain(value), _plain(attn_mask), dropout_p, is_causal, scale, enable_gqa)
 
 
@@ -136,7 +191,7 @@ def _run_attention(return_lse: bool, *args: Any) -> Any:
     # The dispatcher drops trailing arguments that equal their defaults: put them back.
     args += _DEFAULTS[len(args) - 3 :]
     tensors, (layout, causal, causal_offset, left, right, softcap, scale) = args[:8], args[8:]
-    _require_cpu(*tensors)
+    _check_devices(dict(zip(_TENSORS, tensors)))
     q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths = map(_plain, tensors)
     # fmt: off
     return _native_attention(
@@ -175,54 +230,181 @@ _attention_lse_op = torch.ops.qkv.attention_with_lse.default
 
 
 # --- shapes without values ---------------------------------------------------------------------------------------
+# What the native functions say of types and shapes, in the same words, where there is no memory to call them on. Sizes may be
+# symbols: `|` and `torch._check_value` keep what is not known yet as a condition of the graph.
+
+
+def _type_name(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _check_type(name: str, t: Tensor, types: Sequence[torch.dtype], expected: str) -> None:
+    if t.dtype in types:
+        return
+    if t.dtype not in _KNOWN:
+        raise TypeError(
+            f"{name}: an array of {t.dtype}, expected float32, bfloat16, float16 (masks bool, lengths int32 or int64)"
+        )
+    raise TypeError(f"{name}: an array of {_type_name(t)}, expected {expected}")
+
+
+def _check_float(name: str, t: Tensor) -> None:
+    _check_type(name, t, _FLOATS, "float32, bfloat16 or float16")
+
+
+def _check_shape(name: str, t: Tensor, fits: Any, expected: str) -> None:
+    torch._check_value(fits, lambda: f"{name}: shape {list(t.shape)}, expected {expected}")
+
+
+def _equal(a: Sequence[Any], b: Sequence[Any]) -> Any:
+    """Whether two shapes are equal."""
+    fits = len(a) == len(b)
+    for x, y in zip(a, b):
+        fits = fits & (x == y)
+    return fits
+
+
+def _broadcasts(shape: Sequence[Any], full: Sequence[Any]) -> Any:
+    """Whether a shape of as many axes broadcasts to the full one."""
+    fits = True
+    for size, whole in zip(shape, full):
+        fits = fits & ((size == whole) | (size == 1))
+    return fits
+
+
+def _padded(t: Tensor, rank: int) -> list[Any]:
+    """A shape with axes of size 1 in front, so that there are `rank`."""
+    return [1] * (rank - t.dim()) + list(t.shape)
 
 
 @torch.library.register_fake("qkv::scaled_dot_product_attention", lib=_LIB)
 def _sdpa_fake(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    tensors = dict(zip(_SDPA_TENSORS, (query, key, value, attn_mask)))
+    _check_devices(tensors)
     if dropout_p > 0.0:
-        raise NotImplementedError(f"dropout_p: {dropout_p} was given; dropout is not supported, expected 0.0")
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        torch._check_value(t.dim() >= 2, lambda name=name, t=t: f"{name}: rank {t.dim()} was given, expected 2 or more")
-    torch._check_value(
-        key.shape[-1] == query.shape[-1],
-        lambda: f"key: last axis of {key.shape[-1]} was given, expected query's {query.shape[-1]}",
-    )
-    torch._check_value(
-        value.shape[-2] == key.shape[-2],
-        lambda: f"value: length {value.shape[-2]} was given, expected key's {key.shape[-2]}",
-    )
+        raise NotImplementedError(f"dropout_p: dropout ({dropout_p}) is not supported")
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask: a mask together with is_causal, expected one of the two")
+    least = 3 if enable_gqa else 2
+    for name in _SDPA_TENSORS[:3]:
+        _check_float(name, tensors[name])
+        _check_shape(name, tensors[name], tensors[name].dim() >= least, f"at least {least} axes")
+    rank = max(query.dim(), key.dim(), value.dim())
+    # With an axis of heads, if it is one of 1.
+    full_rank = max(rank, 3)
+    shapes = {name: _padded(tensors[name], full_rank) for name in _SDPA_TENSORS[:3]}
+    q, k, v = shapes.values()
+
+    def check(fits, name, what, other):
+        torch._check_value(
+            fits, lambda: f"{name}: shape {shapes[name]}, expected {what} as in {other} ({shapes[other]})"
+        )
+
+    def broadcast(a, b, name, what):
+        check((a == b) | (a == 1) | (b == 1), name, what, "query")
+        return torch.broadcast_shapes((a,), (b,))[0]
+
+    check(k[-1] == q[-1], "key", "the last axis", "query")
+    check(v[-2] == k[-2], "value", "the length (axis -2)", "key")
+    lead = []
+    for axis in range(full_rank - 3):
+        size = broadcast(q[axis], k[axis], "key", "axes that broadcast")
+        lead.append(broadcast(size, v[axis], "value", "axes that broadcast"))
     if enable_gqa:
-        # Heads are the third axis from the end and are grouped; only the axes before them broadcast.
-        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-        lead = (*batch, query.shape[-3])
+        check(v[-3] == k[-3], "value", "the heads (axis -3)", "key")
+        _check_groups(q[-3], k[-3], f"query: {q[-3]} heads (axis -3), expected a multiple of the {k[-3]} heads of key")
+        lead.append(q[-3])
     else:
-        lead = tuple(torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2]))
-    return query.new_empty((*lead, query.shape[-2], value.shape[-1]))
+        heads = broadcast(q[-3], k[-3], "key", "heads (axis -3) that broadcast (enable_gqa is not set)")
+        lead.append(broadcast(heads, v[-3], "value", "heads (axis -3) that broadcast"))
+    if attn_mask is not None:
+        types = (torch.bool, torch.float32, query.dtype)
+        _check_type("attn_mask", attn_mask, types, f"bool, query's type ({_type_name(query)}) or float32")
+        full = [*lead, q[-2], k[-2]][full_rank - rank :]
+        fits = attn_mask.dim() <= rank and _broadcasts(_padded(attn_mask, rank), full)
+        _check_shape("attn_mask", attn_mask, fits, f"one that broadcasts to {full}")
+    return query.new_empty([*lead, q[-2], v[-1]][full_rank - rank :])
 
 
-def _attention_shapes(q, k, v, layout):
-    """(batch, heads, q_len, dv), after the checks that the shapes alone allow."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        torch._check_value(t.dim() == 4, lambda name=name, t=t: f"{name}: rank {t.dim()} was given, expected 4 ({layout})")
-    torch._check_value(layout in _LAYOUTS, lambda: f"layout: '{layout}' was given, expected 'bhsd' or 'bshd'")
-    heads, seq = (1, 2) if layout == "bhsd" else (2, 1)
-    torch._check_value(k.shape[3] == q.shape[3], lambda: f"k: last axis of {k.shape[3]} was given, expected q's {q.shape[3]}")
-    torch._check_value(v.shape[seq] == k.shape[seq], lambda: f"v: length {v.shape[seq]} was given, expected k's {k.shape[seq]}")
-    return q.shape[0], q.shape[heads], q.shape[seq], v.shape[3]
+def _check_groups(heads: Any, kv_heads: Any, message: str) -> None:
+    torch._check_value(kv_heads != 0, lambda: message)
+    torch._check_value(heads % kv_heads == 0, lambda: message)
+
+
+def _attention_shapes(*args: Any) -> tuple[list[Any], list[Any]]:
+    """The shapes of the result and of its log-sum-exp, from an operator's flat arguments."""
+    args += _DEFAULTS[len(args) - 3 :]
+    tensors, layout = dict(zip(_TENSORS, args)), args[8]
+    _check_devices(tensors)
+    if layout not in ("bhsd", "bshd"):
+        raise ValueError(f"layout: {layout!r}, expected {_LAYOUT}")
+    axes = "(batch, heads, length, dim)" if layout == "bhsd" else "(batch, length, heads, dim)"
+    for name in _TENSORS[:3]:
+        _check_float(name, tensors[name])
+        _check_shape(name, tensors[name], tensors[name].dim() == 4, f"4 axes {axes}")
+    heads_first = (0, 1, 2, 3) if layout == "bhsd" else (0, 2, 1, 3)
+    q, k, v = ([t.shape[axis] for axis in heads_first] for t in args[:3])
+    (batch, heads, q_len, dk), (_, kv_heads, kv_len, _) = q, k
+    _check_extras(tensors, batch, heads)
+    for name, axis, given, expected, origin in (
+        ("k", "batch", k[0], batch, "q"),
+        ("v", "batch", v[0], batch, "q"),
+        ("v", "heads", v[1], kv_heads, "k"),
+        ("v", "length", v[2], kv_len, "k"),
+        ("k", "head dim", k[3], dk, "q"),
+    ):
+        message = f"{name}: {axis} is {given}, expected {expected} to match {origin}"
+        torch._check_value(given == expected, lambda message=message: message)
+    for name, axis, size in (("q", "heads", heads), ("k", "heads", kv_heads), ("q", "head dim", dk)):
+        message = f"{name}: {axis} is 0, expected at least 1"
+        torch._check_value(size != 0, lambda message=message: message)
+    _check_groups(heads, kv_heads, f"q: {heads} heads, expected a multiple of the {kv_heads} heads of k")
+    full = [batch, heads, q_len, kv_len]
+    for name in ("mask", "bias"):
+        if tensors[name] is not None:
+            given = _padded(tensors[name], 4)
+            message = (
+                f"{name}: shape {given} does not broadcast to (batch, heads, query length, key length), expected {full} "
+                "or 1 in place of each"
+            )
+            torch._check_value(_broadcasts(given, full), lambda message=message: message)
+    lse = [batch, heads, q_len]
+    return [*(lse if layout == "bhsd" else (batch, q_len, heads)), v[3]], lse
+
+
+def _check_extras(tensors: dict[str, Tensor | None], batch: Any, heads: Any) -> None:
+    """Types and ranks of the tensors beside q, k and v, and the shapes of those that do not broadcast."""
+    q_type = tensors["q"].dtype
+    for name, types, expected in (
+        ("mask", (torch.bool,), "bool (True takes part); an additive mask is a bias"),
+        ("bias", (q_type, torch.float32), f"q's type ({_type_name(tensors['q'])}) or float32"),
+        ("alibi_slopes", (torch.float32,), "float32"),
+        ("sinks", (torch.float32,), "float32"),
+        ("kv_lengths", (torch.int32, torch.int64), "int32 or int64"),
+    ):
+        t = tensors[name]
+        if t is None:
+            continue
+        _check_type(name, t, types, expected)
+        if name in ("mask", "bias"):
+            _check_shape(name, t, t.dim() <= 4, "at most 4 axes (batch, heads, query length, key length)")
+        elif name == "alibi_slopes":
+            fits = _equal(t.shape, (heads,)) | _equal(t.shape, (batch, heads))
+            _check_shape(name, t, fits, f"[{heads}] or [{batch}, {heads}]")
+        else:
+            size = heads if name == "sinks" else batch
+            _check_shape(name, t, _equal(t.shape, (size,)), f"[{size}]")
 
 
 @torch.library.register_fake("qkv::attention", lib=_LIB)
-def _attention_fake(q, k, v, mask=None, bias=None, alibi_slopes=None, sinks=None, kv_lengths=None, layout="bhsd", *_):
-    batch, heads, q_len, dv = _attention_shapes(q, k, v, layout)
-    return q.new_empty((batch, heads, q_len, dv) if layout == "bhsd" else (batch, q_len, heads, dv))
+def _attention_fake(*args):
+    return args[0].new_empty(_attention_shapes(*args)[0])
 
 
 @torch.library.register_fake("qkv::attention_with_lse", lib=_LIB)
-def _attention_lse_fake(q, k, v, mask=None, bias=None, alibi_slopes=None, sinks=None, kv_lengths=None, layout="bhsd",
-                        *_):  # fmt: skip
-    batch, heads, q_len, dv = _attention_shapes(q, k, v, layout)
-    out = q.new_empty((batch, heads, q_len, dv) if layout == "bhsd" else (batch, q_len, heads, dv))
-    return out, q.new_empty((batch, heads, q_len), dtype=torch.float32)
+def _attention_lse_fake(*args):
+    out, lse = _attention_shapes(*args)
+    return args[0].new_empty(out), args[0].new_empty(lse, dtype=torch.float32)
 
 
 @torch.library.register_fake("qkv::backward_not_supported", lib=_LIB)
@@ -249,6 +431,28 @@ def _backward(ctx, *grads):
     return tuple(refused)
 
 
+def _differentiable(op):
+    """The operator's kernel for autograd: torch's, behind refusals of what it would leave out or not name.
+
+    It has no place for a tangent and would drop it. The levels of `torch.func` go through here one by one, each with the
+    tensors as it sees them, so that only a derivative that is really asked for is refused.
+    """
+    # What `torch.library.register_autograd` registers.
+    kernel = make_autograd_impl(op, Info(_backward, _setup_context))
+
+    def checked(keyset, *args):
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if forward_ad._current_level >= 0 and any(torch._unpack_dual(t, 0)[1] is not None for t in tensors):
+            raise NotImplementedError(_NO_FORWARD_MODE)
+        # torch takes no operator with a backward pass in here; outside of it, only `backward()` is refused.
+        if torch._C._functorch.peek_interpreter_stack() is not None and torch.is_grad_enabled():
+            if any(t.requires_grad for t in tensors):
+                raise NotImplementedError(_NO_BACKWARD)
+        return kernel(keyset, *args)
+
+    return checked
+
+
 def _by_slices(op):
     """The rule for `torch.vmap`: one call per slice.
 
@@ -258,6 +462,12 @@ def _by_slices(op):
 
     def rule(info, in_dims, *args):
         parts = []
+        if info.batch_size == 0:
+            # There is no slice to call it for; one of zeros has the shapes.
+            one = op(*(a if d is None else a.new_zeros(a.shape[:d] + a.shape[d + 1 :]) for a, d in zip(args, in_dims)))
+            if isinstance(one, tuple):
+                return tuple(t.new_empty((0, *t.shape)) for t in one), (0,) * len(one)
+            return one.new_empty((0, *one.shape)), 0
         for i in range(info.batch_size):
             parts.append(op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims))))
         if isinstance(parts[0], tuple):
@@ -272,7 +482,7 @@ for _name, _op in (
     ("attention", _attention_op),
     ("attention_with_lse", _attention_lse_op),
 ):
-    torch.library.register_autograd(f"qkv::{_name}", _backward, setup_context=_setup_context, lib=_LIB)
+    _LIB.impl(_name, _differentiable(_op), "Autograd", with_keyset=True)
     torch.library.register_vmap(f"qkv::{_name}", _by_slices(_op), lib=_LIB)
 
 
@@ -309,10 +519,10 @@ def scaled_dot_product_attention(
     """
     if _direct(query, key, value, attn_mask):
         return _native_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    _check_tensor("query", query)
-    _check_tensor("key", key)
-    _check_tensor("value", value)
-    _check_tensor("attn_mask", attn_mask, optional=True)
+    _check_tensors(query=query, key=key, value=value, attn_mask=attn_mask)
+    _check_options(_native_sdpa, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    dropout_p = 0.0 if dropout_p is None else dropout_p
+    is_causal, enable_gqa = _flag("is_causal", is_causal), _flag("enable_gqa", enable_gqa)
     if torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     return _sdpa_op(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -365,7 +575,7 @@ def attention(
     (torch.Size([2, 5, 4, 32]), torch.Size([2, 4, 5]))
     """
     if kv_lengths is not None and not isinstance(kv_lengths, Tensor):
-        kv_lengths = torch.as_tensor(kv_lengths)
+        kv_lengths = _lengths(kv_lengths, q)
     if _direct(q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths, out):
         # fmt: off
         return _native_attention(
@@ -373,26 +583,27 @@ def attention(
             softcap=softcap, sinks=sinks, scale=scale, kv_lengths=kv_lengths, return_lse=return_lse, out=out,
         )
         # fmt: on
-    _check_tensor("q", q)
-    _check_tensor("k", k)
-    _check_tensor("v", v)
-    _check_tensor("mask", mask, optional=True)
-    _check_tensor("bias", bias, optional=True)
-    _check_tensor("alibi_slopes", alibi_slopes, optional=True)
-    _check_tensor("sinks", sinks, optional=True)
-    _check_tensor("kv_lengths", kv_lengths, optional=True)
-    _check_tensor("out", out, optional=True)
+    # fmt: off
+    _check_tensors(
+        q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, kv_lengths=kv_lengths, out=out,
+    )
+    _check_options(
+        _native_attention, layout=layout, causal=causal, window=window, softcap=softcap, scale=scale, return_lse=return_lse,
+    )
+    # fmt: on
+    layout = "bhsd" if layout is None else layout
+    return_lse = _flag("return_lse", return_lse)
     offset = None
     if causal is not None and not isinstance(causal, str):
         if isinstance(causal, bool):
-            raise TypeError(
-                f"causal: {causal} was given, expected None, 'top_left', 'bottom_right' or an int offset (a bool does "
-                "not say how the two ends are aligned)"
-            )
+            raise TypeError(f"causal: {causal}, expected {_CAUSAL}")
         causal, offset = None, causal
     left, right = _window(window)
     if torch.is_autocast_enabled("cpu"):
         q, k, v = _autocast(q, k, v)
+        # A bias of float32 goes with any type and stays exact.
+        if bias is not None and bias.dtype is not torch.float32:
+            (bias,) = _autocast(bias)
     tensors = (q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths)
     flat = (*tensors, layout, causal, offset, left, right, softcap, scale)
     if out is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -406,10 +617,9 @@ def attention(
 
 def _copy_out(out: Tensor, result: Tensor) -> Tensor:
     """`out=` where the call is traced: the operators are functions, so the copy is a node of its own."""
-    if out.shape != result.shape or out.dtype != result.dtype:
-        raise ValueError(
-            f"out: shape {tuple(out.shape)} of {out.dtype} was given, expected {tuple(result.shape)} of {result.dtype}"
-        )
+    _check_type("out", out, (result.dtype,), _type_name(result))
+    if out.shape != result.shape:
+        raise ValueError(f"out: shape {list(out.shape)}, expected {list(result.shape)}")
     return out.copy_(result)
 
 
@@ -417,7 +627,9 @@ def _window(window: Any) -> tuple[int | None, int | None]:
     """(left, right) with None for an end that is not bounded."""
     if window is None:
         return None, None
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window: {window!r} was given, expected None or (left, right)")
+    if not isinstance(window, (tuple, list)) or any(isinstance(w, bool) for w in window):
+        raise TypeError(f"window: {window!r}, expected {_WINDOW}")
+    if len(window) != 2:
+        raise ValueError(f"window: {window!r}, expected {_WINDOW}")
     ends = tuple(None if w is None or w == -1 else w for w in window)
     return ends[0], ends[1]
