@@ -77,6 +77,42 @@ LANGUAGE_MODELS = {
         },
     ),
 }
+# transformers refuses "sdpa" for these.
+LANGUAGE_MODELS |= {
+    # Joins its mask to another, and has three kinds of layers.
+    "deepseek_v4": (
+        "DeepseekV4",
+        {
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+            "sliding_window": 5,
+            "head_dim": 8,
+            "q_lora_rank": 16,
+            "o_lora_rank": 16,
+            "o_groups": 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
+    # A sink for every query.
+    "inkling2": (
+        "Inkling2",
+        {
+            "head_dim": 8,
+            "unpadded_vocab_size": VOCABULARY,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "layer_types": ["hybrid_sliding", "hybrid"],
+            "sliding_window": 5,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
+}
 OWN_SIZES = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32},
@@ -101,7 +137,7 @@ def randomise(model, seed=0):
 def language_model(name):
     family, options = LANGUAGE_MODELS[name]
     sizes = {**SMALL, **options} if options is not None else {"vocab_size": VOCABULARY, **SPECIAL, **OWN_SIZES[name]}
-    text = "Text" if family in ("Gemma3", "Llama4") else ""
+    text = "Text" if family in ("Gemma3", "Llama4", "Inkling2") else ""
     config = getattr(transformers, f"{family}{text}Config")(**sizes)
     head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
     return randomise(getattr(transformers, f"{family}{head}")(config))
@@ -183,6 +219,8 @@ CORE = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2")
 GREEDY = [(n, p, c) for n in CORE for p in (None, "left") for c in ("dynamic", "static", "pieces", "none")] + [
     (n, "left", c) for n in LANGUAGE_MODELS if n not in CORE for c in ("dynamic", "static", "pieces")
 ]
+# transformers has no static cache for these.
+GREEDY = [g for g in GREEDY if g[0] not in ("deepseek_v4", "inkling2") or g[2] != "static"]
 
 
 @pytest.mark.parametrize("name,padding,cache", GREEDY)
@@ -296,6 +334,17 @@ SEQ2SEQ = {
 }
 
 
+# transformers refuses "sdpa" for these: their decoders say that they are not causal, and rely on their mask.
+BART_SIZES = {k: v for k, v in SEQ2SEQ["Bart"][1].items() if k != "forced_eos_token_id"}
+WITHOUT_SDPA = {
+    "PegasusX": BART_SIZES,
+    # Its encoder adds the mask to its own scores.
+    "BigBirdPegasus": {**BART_SIZES, "attention_type": "original_full"},
+    "NllbMoe": {**BART_SIZES, "num_experts": 2, "expert_capacity": 100},
+}
+SEQ2SEQ |= {family: (f"{family}ForConditionalGeneration", sizes) for family, sizes in WITHOUT_SDPA.items()}
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padding", [None, "right", "left"])
 @pytest.mark.parametrize("family", SEQ2SEQ)
@@ -308,7 +357,8 @@ def test_encoder_decoder(family, padding, cache, monkeypatch):
     given = None if padding is None else mask
     target = prompt(None, seed=5)[0][:, :9]
     expected, actual = both(model, lambda: model(ids, attention_mask=given, decoder_input_ids=target).logits)
-    assert len(calls.masks) >= 6
+    # Some encoders have an attention of their own.
+    assert len(calls.masks) >= (4 if family in ("PegasusX", "BigBirdPegasus") else 6)
     assert_close(actual, expected)
     expected, actual = both(
         model,
@@ -323,6 +373,22 @@ def test_encoder_decoder(family, padding, cache, monkeypatch):
         ),
     )
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("family", WITHOUT_SDPA)
+def test_later_tokens_change_nothing_before(family):
+    head, sizes = SEQ2SEQ[family]
+    config = getattr(transformers, f"{family}Config")(vocab_size=VOCABULARY, decoder_start_token_id=1, **SPECIAL, **sizes)
+    model = randomise(getattr(transformers, head)(config))
+    model.set_attn_implementation("qkv")
+    ids = prompt(None)[0]
+    target = prompt(None, seed=5)[0][:, :6]
+    other = target.clone()
+    other[:, -1] = (target[:, -1] - 3 + 7) % (VOCABULARY - 3) + 3
+    with torch.no_grad():
+        before, after = (model(ids, decoder_input_ids=t, use_cache=False).logits for t in (target, other))
+    assert_close(after[:, :-1], before[:, :-1], 1e-6)
+    assert (after[:, -1] - before[:, -1]).abs().max() > 0.1
 
 
 def test_vit():
@@ -431,6 +497,28 @@ def test_compiled(name, padding, dynamic):
     assert_close(actual[mask.bool()], expected[mask.bool()])
 
 
+@pytest.mark.parametrize("padding", [None, "right"])
+@pytest.mark.parametrize("family", WITHOUT_SDPA)
+def test_compiled_without_sdpa(family, padding):
+    head, sizes = SEQ2SEQ[family]
+    options = {"encoder_sparse_step": 0, "decoder_sparse_step": 0} if family == "NllbMoe" else {}
+    sizes = {**sizes, **options, **SPECIAL}
+    config = getattr(transformers, f"{family}Config")(vocab_size=VOCABULARY, decoder_start_token_id=1, **sizes)
+    model = randomise(getattr(transformers, head)(config))
+    ids, mask = prompt(padding)
+    given = None if padding is None else mask
+    target = prompt(None, seed=5)[0][:, :9]
+
+    def run(model):
+        return model(ids, attention_mask=given, decoder_input_ids=target, use_cache=False).logits
+
+    torch.compiler.reset()
+    expected, _ = both(model, lambda: run(model))
+    with torch.no_grad():
+        actual = run(torch.compile(model, backend="aot_eager"))
+    assert_close(actual, expected)
+
+
 def test_layers_compiled_one_by_one():
     ids, mask = prompt("left")
     model = language_model("mistral")
@@ -490,6 +578,15 @@ def test_training_mode_with_dropout_is_refused():
     config = transformers.LlamaConfig(**SMALL, attention_dropout=0.1, attn_implementation="qkv")
     model = transformers.LlamaForCausalLM(config).train()
     with pytest.raises(NotImplementedError, match="dropout"):
+        model(prompt(None)[0])
+
+
+@pytest.mark.parametrize("family,sizes", [("Bloom", {"n_layer": 1, "n_head": 4}), ("GPTNeoXJapanese", {})])
+def test_an_attention_of_the_models_own_is_refused(family, sizes):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, **sizes}
+    config = getattr(transformers, f"{family}Config")(vocab_size=VOCABULARY, **sizes, attn_implementation="qkv")
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with pytest.raises(NotImplementedError, match=f"{family}Config.*not supported"):
         model(prompt(None)[0])
 
 

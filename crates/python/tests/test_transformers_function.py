@@ -51,7 +51,7 @@ def reference(query, key, value, scaling, visible, softcap=None, sinks=None):
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -torch.inf)
     if sinks is not None:
-        sink = sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
+        sink = sinks.double() if sinks.dim() == 4 else sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], -1)
     weights = torch.softmax(scores, -1)[..., : key.shape[2]]
     return (weights @ value).transpose(1, 2).float()
@@ -77,6 +77,20 @@ def test_keywords(is_causal, padded):
     torch.testing.assert_close(actual, expected, atol=2e-6, rtol=2e-5)
 
 
+def test_sinks_of_each_query():
+    module, query, key, value = tensors()
+    sinks = torch.randn(2, 4, 6, 1, generator=torch.Generator().manual_seed(11))
+    visible = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    actual, _ = qkv.transformers.attention_forward(module, query, key, value, None, scaling=0.4, sinks=sinks)
+    assert actual.is_contiguous()
+    expected = reference(query, key, value, 0.4, visible, sinks=sinks)
+    torch.testing.assert_close(actual, expected, atol=2e-6, rtol=2e-5)
+    half = [t.to(torch.bfloat16) for t in (query, key, value)]
+    actual, _ = qkv.transformers.attention_forward(module, *half, None, scaling=0.4, sinks=sinks.to(torch.bfloat16))
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, atol=4e-2, rtol=4e-2)
+
+
 def test_a_learned_scale_and_a_query_for_the_whole_batch():
     module, query, key, value = tensors()
     scale = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(4, 1, 1)
@@ -94,8 +108,48 @@ def test_a_learned_scale_and_a_query_for_the_whole_batch():
         ("cache", object()),
         ("indices", torch.zeros(1)),
         ("block_indices", torch.zeros(1)),
+        ("sinks", torch.zeros(4)),
+        ("head_gate", torch.ones(4)),
     ],
 )
 def test_refused(name, value):
     with pytest.raises(NotImplementedError, match=f"{name}.*not supported"):
         qkv.transformers.attention_forward(*tensors(), None, **{name: value})
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, steps=None, **kwargs):
+    """Stands beside `Gated`, as in the files of transformers."""
+
+
+class Gated:
+    is_causal = True
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_the_models_own_attention_takes(compiled):
+    """An argument that the model's eager attention computes with is refused; what is passed on is not."""
+    _, query, key, value = tensors()
+    module = Gated()
+
+    def run(**options):
+        return qkv.transformers.attention_forward(module, query, key, value, None, **options)[0]
+
+    if compiled:
+        torch.compiler.reset()
+        run = torch.compile(run, backend="eager")
+    expected = run()
+    passed_on = {
+        "steps": None,
+        "use_cache": True,
+        "position_ids": torch.arange(6),
+        "cache_position": torch.arange(6),
+        "position_embeddings": (torch.ones(6, 8), torch.ones(6, 8)),
+        "encoder_hidden_states": torch.ones(2, 3, 32),
+        "cu_seq_lens_q": torch.tensor([0, 6]),
+        "max_length_q": 6,
+        "output_hidden_states": True,
+        "an_input_of_the_caller": torch.ones(2),
+    }
+    assert torch.equal(run(**passed_on), expected)
+    with pytest.raises(NotImplementedError, match="steps.*Gated.*not supported"):
+        run(steps=3)

@@ -155,6 +155,53 @@ def test_the_model_may_ask_for_values():
     assert type(mask) is torch.Tensor and mask.shape == (2, 1, 6, 6)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "family,causal",
+    [("Llama", None), ("GptOss", torch.bool), ("PegasusX", torch.bool), ("NllbMoe", torch.float32), (None, torch.bool)],
+)
+def test_the_mask_is_one_that_the_model_understands(family, causal, compiled):
+    """None and boolean masks only for models that are written for them."""
+    import transformers
+
+    qkv.transformers.register()
+    if family is None:
+        config = types.SimpleNamespace(is_causal=True)
+    else:
+        # Loads the models as well, without which there is nobody to ask.
+        config = getattr(transformers, f"{family}Config")()
+        assert getattr(transformers, f"{family}PreTrainedModel")._supports_sdpa == (family == "Llama")
+    config._attn_implementation = "qkv"
+
+    def masks(embeds, padding):
+        return (
+            masking_utils.create_causal_mask(config, embeds, None, None),
+            masking_utils.create_causal_mask(config, embeds, padding, None),
+            masking_utils.create_bidirectional_mask(config, embeds, None),
+            masking_utils.create_bidirectional_mask(config, embeds, padding),
+        )
+
+    if compiled:
+        torch.compiler.reset()
+        masks = torch.compile(masks, fullgraph=True, backend="eager")
+    padding = torch.ones(2, 7, dtype=torch.long)
+    padding[0, 5:] = 0
+    plain, padded, both, both_padded = masks(torch.zeros(2, 7, 4), padding)
+
+    lower = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    row = padding.bool()[:, None, None, :].expand(2, 1, 7, 7)
+    additive = causal == torch.float32
+    assert (None if plain is None else plain.dtype) == causal and both is None
+    for mask, expected in ((plain, lower), (padded, lower & row), (both_padded, row)):
+        if mask is None:
+            continue
+        assert mask.dtype == (torch.float32 if additive else torch.bool)
+        if additive:
+            expected = torch.where(expected, 0.0, torch.finfo(torch.float32).min)
+        assert torch.equal(mask.fill() if isinstance(mask, CompactMask) else mask, expected)
+    assert both_padded.stride(2) == 0
+
+
 def test_packed_sequences():
     config = types.SimpleNamespace(_attn_implementation="qkv", is_causal=True)
     qkv.transformers.register()

@@ -26,6 +26,18 @@ its answer reaches the attention function of each layer. The answer is one of:
   prefixes and images that see both ways, functions of the caller's own), what is traced by `torch.compile` or
   `torch.export` with padding, and what the model wants filled in. Padding alone is a row that is repeated with
   stride 0, also when traced.
+* a float mask as "eager" has it, 0 and the lowest number, to be added.
+
+`None` and boolean masks need a model that is written for them. transformers refuses "sdpa" where one is not, but no
+name that is registered, so this is found out here from what the model's class says (`_Form`):
+
+* it supports sdpa: everything above, without the float mask.
+* it supports flash or flex attention, but not sdpa (GPT-OSS and Gemma 2 because of their sinks and soft caps): it takes
+  masks of any kind, but need not say rightly whether it is causal (PegasusX). Never `None` for a causal mask of several
+  queries.
+* it supports eager only: it may add the mask to its own scores, or join it to another (BigBirdPegasus, DeepSeek V4).
+  Float masks, filled in.
+* its attention does not go through transformers' interface at all (BLOOM): refused, as nothing would run here.
 
 A mask that the caller made, (.., q_len, kv_len) boolean or float, is the whole truth, as with "eager": `is_causal` and
 `sliding_window` are not added to it. A two-dimensional mask (batch, kv_len) is padding only, as with flash attention:
@@ -35,15 +47,17 @@ causality and window come on top, aligned at the lower right.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, prepare_padding_mask, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.import_utils import is_tracing
 
 from ._mask import CompactMask
@@ -77,6 +91,101 @@ def register(name: str = "qkv") -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, attention_mask)
 
 
+# --- what a model understands ------------------------------------------------------------------------------------
+
+
+# The masks that a family of models understands (see the module's text). Strings, because torch.compile does not keep
+# the identity of an enum's members.
+_Form = Literal["skipped", "explicit", "additive", "none"]
+
+# By class of configuration, which is all that the mask function is told about the model.
+_forms: WeakKeyDictionary[type, _Form] = WeakKeyDictionary()
+
+
+# A constant for torch.compile, which could not trace the search.
+@torch.compiler.assume_constant_result
+def _form(kind: type) -> _Form:
+    """What the models with this class of configuration understand."""
+    form = _forms.get(kind)
+    if form is None:
+        form = _forms[kind] = _form_of(_models(kind))
+    return form
+
+
+def _form_of(models: list[type[PreTrainedModel]]) -> _Form:
+    # Without a model's word (a module that is no PreTrainedModel), the form that says everything. Where several models
+    # share a configuration, the form that is right for each.
+    if not models:
+        return "explicit"
+    # transformers looks into the source for this, which tells about its own files only.
+    if all(m.__module__.startswith("transformers.") and not m._can_set_attn_implementation() for m in models):
+        return "none"
+    if all(m._supports_sdpa for m in models):
+        return "skipped"
+    if all(m._supports_sdpa or m._supports_flash_attn or m._supports_flex_attn for m in models):
+        return "explicit"
+    return "additive"
+
+
+def _models(kind: type) -> list[type[PreTrainedModel]]:
+    """The loaded models whose configuration this is, or else is the nearest base of this one."""
+
+    def below(model: type[PreTrainedModel]) -> Iterator[type[PreTrainedModel]]:
+        for child in model.__subclasses__():
+            yield child
+            yield from below(child)
+
+    every = set(below(PreTrainedModel))
+    for base in kind.__mro__:
+        if base is transformers.PreTrainedConfig:
+            break
+        if models := [m for m in every if m.config_class is base]:
+            return models
+    return []
+
+
+# What models pass on and what has nothing to do with how scores become an output.
+_MEANINGLESS = frozenset(
+    {
+        "cache_position",
+        "encoder_hidden_states",
+        "inputs_embeds",
+        "labels",
+        "num_items_in_batch",
+        "position_embeddings",
+        "position_ids",
+    }
+)
+
+# By class of module: the arguments of the eager attention beside it, or None where there is none.
+_eager_options: WeakKeyDictionary[type, frozenset[str] | None] = WeakKeyDictionary()
+
+
+def _refuse_unknown(module: Any, options: dict[str, Any]) -> None:
+    """Refuses what has a meaning for the model's attention and none here."""
+    for name, value in options.items():
+        if value is None or name in _MEANINGLESS:
+            continue
+        if _has_meaning(type(module), name, isinstance(value, Tensor) and value.is_floating_point()):
+            raise NotImplementedError(f"{name}: this argument of {type(module).__name__}'s attention is not supported")
+
+
+@torch.compiler.assume_constant_result
+def _has_meaning(kind: type, name: str, floating: bool) -> bool:
+    """Whether the attention of this class of module computes with an argument that is not known here.
+
+    Models pass on whatever their caller gave, so most of it means nothing. What does is an argument of the model's own
+    eager attention; where that is not found, a float tensor may be a bias, a sink or a gate.
+    """
+    if kind not in _eager_options:
+        beside = vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
+        eager = [f for f in beside.values() if getattr(f, "__name__", "").endswith("eager_attention_forward")]
+        names = {p.name for f in eager for p in inspect.signature(f).parameters.values() if p.kind != p.VAR_KEYWORD}
+        _eager_options[kind] = frozenset(names) if eager else None
+    known = _eager_options[kind]
+    return floating if known is None else name in known
+
+
 # --- masks -------------------------------------------------------------------------------------------------------
 
 
@@ -93,14 +202,22 @@ def attention_mask(
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: Any = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask of one forward pass, in the shortest form that says it exactly (see the module's text).
 
     The arguments are those of `transformers.masking_utils.sdpa_mask`: query i stands at i + q_offset and key j at
     j + kv_offset, `mask_function(batch, head, query, key)` is the pattern, and `attention_mask` (batch, seen) the
-    padding.
+    padding. `config` says for which model it is; without one, it is for a model that supports sdpa.
     """
+    form = "skipped" if config is None else _form(type(config))
+    if form == "none":
+        raise NotImplementedError(
+            f"config: the attention of models with {type(config).__name__} does not go through transformers' attention "
+            "interface, so it is not supported; use attn_implementation='eager'"
+        )
 
     def filled_in(may_skip: bool = False) -> Tensor | None:
         return sdpa_mask(
@@ -112,7 +229,7 @@ def attention_mask(
             mask_function=mask_function,
             attention_mask=attention_mask,
             local_size=local_size,
-            allow_is_causal_skip=allow_is_causal_skip and may_skip,
+            allow_is_causal_skip=allow_is_causal_skip and may_skip and form == "skipped",
             allow_is_bidirectional_skip=allow_is_bidirectional_skip and may_skip,
             use_vmap=use_vmap,
             device=device,
@@ -124,8 +241,18 @@ def attention_mask(
     #    a plain causal mask here too, except where keys have left the cache: their test of a chunk's size counts the
     #    keys that are there, and not where they stand. Padding alone needs no values and stays a row.
     tracing = is_tracing(attention_mask) or is_tracing(q_offset) or torch._C._len_torch_dispatch_stack() > 0
+    only_padding = mask_function is masking_utils.bidirectional_mask_function and _is_padding(attention_mask)
+    if form == "additive":
+        # As transformers' own mask for "eager", which skips what masks nothing too. Rows that are all alike are one row
+        # in memory here.
+        mask = filled_in(may_skip=True)
+        if mask is None:
+            return None
+        mask = mask[:, :, :1] if only_padding else mask
+        mask = torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
+        return mask.expand(batch_size, -1, q_length, kv_length)
     if tracing:
-        if mask_function is masking_utils.bidirectional_mask_function and _is_padding(attention_mask):
+        if only_padding:
             return _padding_only(batch_size, q_length, kv_length, kv_offset, attention_mask)
         return filled_in(may_skip=kv_offset == 0)
 
@@ -172,7 +299,7 @@ def attention_mask(
     # 4. `None` where the attention function reads it as this very pattern: one query that sees every key, or several
     #    from the upper left.
     elif (window == (None, None) and padding is None) and (
-        (q_length == 1 and offset >= kv_length - 1) or (q_length > 1 and offset == 0)
+        (q_length == 1 and offset >= kv_length - 1) or (q_length > 1 and offset == 0 and form == "skipped")
     ):
         return None
     return CompactMask(
@@ -258,6 +385,7 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     cache: Any = None,
     output_attentions: bool | None = False,
     **kwargs: Any,
@@ -265,9 +393,12 @@ def attention_forward(
     """The attention function: query (batch, heads, q_len, dk), key and value (batch, kv_heads, kv_len, ..) in, the
     output (batch, q_len, heads, dv), contiguous, and None for the weights out.
 
-    `NotImplementedError` for dropout, for the weights (`output_attentions`), for continuous batching's paged cache and
-    for a model's selection of keys by index. Other keyword arguments are the model's business between its own parts
-    (`position_ids`, `use_cache`, lengths that flash attention would need) and carry no meaning here.
+    `s_aux` is a sink for each head, `sinks` (batch, heads, q_len, 1) one for each query.
+
+    `NotImplementedError` for dropout, for the weights (`output_attentions`), for continuous batching's paged cache, for
+    a model's selection of keys by index and for what else has a meaning for its attention. Other keyword arguments are
+    the model's business between its own parts (`position_ids`, `use_cache`, lengths that flash attention would need)
+    and carry no meaning here.
     """
     if dropout:
         raise NotImplementedError(f"dropout: {dropout} was given; it is not supported yet, expected 0 (model.eval())")
@@ -281,6 +412,7 @@ def attention_forward(
     for name in ("indices", "block_indices"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{name}: attention to a selection of keys is not supported")
+    _refuse_unknown(module, kwargs)
 
     q_len, kv_len = query.shape[2], key.shape[2]
     if query.shape[0] != key.shape[0]:
@@ -300,10 +432,14 @@ def attention_forward(
         bias = bias.to(torch.float32)
     if s_aux is not None:
         s_aux = s_aux.to(torch.float32)
+    if sinks is not None and sinks.shape != (query.shape[0], query.shape[1], q_len, 1):
+        raise NotImplementedError(
+            f"sinks: shape {tuple(sinks.shape)} is not supported, expected {(query.shape[0], query.shape[1], q_len, 1)}"
+        )
 
     # The heads are one axis of a projection's output, so this is its layout in memory: nothing is moved on the way in,
     # and the output is what the next projection reads.
-    output = attention(
+    result = attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -315,8 +451,14 @@ def attention_forward(
         softcap=softcap,
         sinks=s_aux,
         scale=scaling,
+        return_lse=sinks is not None,
     )
-    return output, None
+    if sinks is None:
+        return result, None
+    # A sink has no value, so it only takes its share of the weights: exp(lse) / (exp(lse) + exp(sink)) is left.
+    output, lse = result
+    left = torch.sigmoid(lse[..., None] - sinks.to(torch.float32)).transpose(1, 2)
+    return (output * left).to(output.dtype), None
 
 
 def _expressed(
@@ -366,8 +508,9 @@ def _expressed(
 def _module_is_causal(module: Any) -> bool:
     """Whether an attention module is causal by itself.
 
-    Where it does not say (the attribute is missing), it is not: every causal module of transformers says so, and those
-    that do not are text encoders and cross attention.
+    Where it does not say (the attribute is missing), its configuration does. Neither is always right: the decoders of
+    PegasusX, BigBirdPegasus and NLLB-MoE say that they are not causal and rely on their mask. This is asked only where
+    there is none, and the mask function leaves none out for them.
     """
     stated = getattr(module, "is_causal", None)
     if stated is None:
