@@ -2,13 +2,13 @@
 //!
 //! The number of parts is a function of the key length alone, so a row has the same bits for any number of threads and in
 //! any batch. Each part leaves (m, l, o) of its rows in a slot, and the thread that finishes the last part of a (sequence,
-//! key/value head) merges them in order: with L_p the log-sum-exp of part p and L the joint one,
+//! key/value head) merges them in order: with M the largest of the maxima m_p, in natural units,
 //!
 //! ```text
-//! out = sum over p of  exp(L_p - L) / l_p  x  o_p          see merge.rs
+//! l = sum over p of exp(m_p - M) l_p        out = sum over p of exp(m_p - M) o_p / l        see finish.rs
 //! ```
 //!
-//! Where there are enough heads for all threads, one task takes all parts of a head in turn, with slots of its own.
+//! and not from log-sum-exps, in which l_p is lost where m_p is large. Where there are enough heads for all threads, one task takes all parts of a head in turn, with slots of its own.
 
 use core::sync::atomic::{AtomicU32, Ordering};
 use std::cell::UnsafeCell;
