@@ -319,12 +319,10 @@ impl Rotary {
         let &RotaryConfig { head_dim, rotary_dim, pairing, max_length, .. } = config;
         check_rotary_dim(rotary_dim, head_dim)?;
         let too_large = RotaryError::TooLarge { max_length, rotary_dim };
-        // Where there is no room for a row, there is none for the frequencies.
-        if !has_room::<f32>(rotary_dim) {
-            return Err(too_large);
-        }
+        // A row at least: the frequencies take as much.
+        let values = max_length.max(1).checked_mul(rotary_dim / 2).filter(|&values| has_room::<f32>(values));
+        let values = values.ok_or(too_large.clone())?;
         let (frequencies, attention_factor) = config.frequencies()?;
-        let values = max_length.checked_mul(rotary_dim / 2).ok_or(too_large.clone())?;
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         cos.try_reserve_exact(values).and(sin.try_reserve_exact(values)).map_err(|_| too_large)?;
         let a = f64::from(attention_factor);

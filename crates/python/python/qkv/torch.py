@@ -32,14 +32,19 @@ from torch.autograd import forward_ad
 from qkv import attention as _native_attention
 from qkv import scaled_dot_product_attention as _native_sdpa
 
+from ._torch_shapes import (
+    FLOATS,
+    SDPA_TENSORS,
+    TENSORS,
+    attention_shapes,
+    check_devices,
+    check_type,
+    sdpa_shape,
+    type_name,
+)
+
 __all__ = ["attention", "scaled_dot_product_attention"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# The types that the native functions know at all.
-_KNOWN = (*_FLOATS, torch.float64, torch.bool, torch.int8, torch.uint8, torch.int32, torch.int64)
-_SDPA_TENSORS = ("query", "key", "value", "attn_mask")
-_TENSORS = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks", "kv_lengths")
-_LAYOUT = '"bhsd" or "bshd"'
 _CAUSAL = 'None, "top_left", "bottom_right" or an int offset'
 _WINDOW = "None or (left, right), each None, -1 or a number of keys"
 _NO_BACKWARD = (
@@ -97,7 +102,7 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     It also makes one type of what autocast leaves mixed, such as rotated keys in float32 beside bfloat16 values.
     """
     dtype = torch.get_autocast_dtype("cpu")
-    return tuple(t.to(dtype) if t is not None and t.dtype in _FLOATS else t for t in tensors)
+    return tuple(t.to(dtype) if t is not None and t.dtype in FLOATS else t for t in tensors)
 
 
 # --- refusals, in the native functions' words --------------------------------------------------------------------
@@ -108,17 +113,7 @@ def _check_tensors(**tensors: Any) -> None:
     for i, (name, t) in enumerate(tensors.items()):
         if not (isinstance(t, Tensor) or t is None and i >= 3):
             raise TypeError(f"{name}: expected a torch.Tensor{' or None' if i >= 3 else ''}, got {type(t).__name__}")
-    _check_devices(tensors)
-
-
-def _check_devices(tensors: dict[str, Tensor | None]) -> None:
-    """Refuses what is not on the CPU, but for "meta" where all tensors are: such a call is about shapes only."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    if all(t.is_meta for t in given.values()):
-        return
-    for name, t in given.items():
-        if not t.is_cpu:
-            raise ValueError(f"{name}: is on device '{t.device}'; qkv computes on the CPU, so give a tensor on device 'cpu'")
+    check_devices(tensors)
 
 
 _ONE = np.zeros((1, 1, 1, 1), np.float32)
@@ -182,7 +177,7 @@ _LIB.define("backward_not_supported(Tensor grad, Tensor like) -> Tensor", tags=_
 
 def _sdpa_kernel(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     # Registered for every device, so that another one is refused by name.
-    _check_devices(dict(zip(_SDPA_TENSORS, (query, key, value, attn_mask))))
+    check_devices(dict(zip(SDPA_TENSORS, (query, key, value, attn_mask))))
     return _native_sdpa(_plain(query), _plain(key), _plain(value), _plain(attn_mask), dropout_p, is_causal, scale, enable_gqa)
 
 
@@ -191,7 +186,7 @@ def _run_attention(return_lse: bool, *args: Any) -> Any:
     # The dispatcher drops trailing arguments that equal their defaults: put them back.
     args += _DEFAULTS[len(args) - 3 :]
     tensors, (layout, causal, causal_offset, left, right, softcap, scale) = args[:8], args[8:]
-    _check_devices(dict(zip(_TENSORS, tensors)))
+    check_devices(dict(zip(TENSORS, tensors)))
     q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths = map(_plain, tensors)
     # fmt: off
     return _native_attention(
@@ -230,180 +225,25 @@ _attention_lse_op = torch.ops.qkv.attention_with_lse.default
 
 
 # --- shapes without values ---------------------------------------------------------------------------------------
-# What the native functions say of types and shapes, in the same words, where there is no memory to call them on. Sizes may be
-# symbols: `|` and `torch._check_value` keep what is not known yet as a condition of the graph.
-
-
-def _type_name(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
-
-
-def _check_type(name: str, t: Tensor, types: Sequence[torch.dtype], expected: str) -> None:
-    if t.dtype in types:
-        return
-    if t.dtype not in _KNOWN:
-        raise TypeError(
-            f"{name}: an array of {t.dtype}, expected float32, bfloat16, float16 (masks bool, lengths int32 or int64)"
-        )
-    raise TypeError(f"{name}: an array of {_type_name(t)}, expected {expected}")
-
-
-def _check_float(name: str, t: Tensor) -> None:
-    _check_type(name, t, _FLOATS, "float32, bfloat16 or float16")
-
-
-def _check_shape(name: str, t: Tensor, fits: Any, expected: str) -> None:
-    torch._check_value(fits, lambda: f"{name}: shape {list(t.shape)}, expected {expected}")
-
-
-def _equal(a: Sequence[Any], b: Sequence[Any]) -> Any:
-    """Whether two shapes are equal."""
-    fits = len(a) == len(b)
-    for x, y in zip(a, b):
-        fits = fits & (x == y)
-    return fits
-
-
-def _broadcasts(shape: Sequence[Any], full: Sequence[Any]) -> Any:
-    """Whether a shape of as many axes broadcasts to the full one."""
-    fits = True
-    for size, whole in zip(shape, full):
-        fits = fits & ((size == whole) | (size == 1))
-    return fits
-
-
-def _padded(t: Tensor, rank: int) -> list[Any]:
-    """A shape with axes of size 1 in front, so that there are `rank`."""
-    return [1] * (rank - t.dim()) + list(t.shape)
-
-
 @torch.library.register_fake("qkv::scaled_dot_product_attention", lib=_LIB)
-def _sdpa_fake(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    tensors = dict(zip(_SDPA_TENSORS, (query, key, value, attn_mask)))
-    _check_devices(tensors)
-    if dropout_p > 0.0:
-        raise NotImplementedError(f"dropout_p: dropout ({dropout_p}) is not supported")
-    if is_causal and attn_mask is not None:
-        raise ValueError("attn_mask: a mask together with is_causal, expected one of the two")
-    least = 3 if enable_gqa else 2
-    for name in _SDPA_TENSORS[:3]:
-        _check_float(name, tensors[name])
-        _check_shape(name, tensors[name], tensors[name].dim() >= least, f"at least {least} axes")
-    rank = max(query.dim(), key.dim(), value.dim())
-    # With an axis of heads, if it is one of 1.
-    full_rank = max(rank, 3)
-    shapes = {name: _padded(tensors[name], full_rank) for name in _SDPA_TENSORS[:3]}
-    q, k, v = shapes.values()
-
-    def check(fits, name, what, other):
-        torch._check_value(
-            fits, lambda: f"{name}: shape {shapes[name]}, expected {what} as in {other} ({shapes[other]})"
-        )
-
-    def broadcast(a, b, name, what):
-        check((a == b) | (a == 1) | (b == 1), name, what, "query")
-        return torch.broadcast_shapes((a,), (b,))[0]
-
-    check(k[-1] == q[-1], "key", "the last axis", "query")
-    check(v[-2] == k[-2], "value", "the length (axis -2)", "key")
-    lead = []
-    for axis in range(full_rank - 3):
-        size = broadcast(q[axis], k[axis], "key", "axes that broadcast")
-        lead.append(broadcast(size, v[axis], "value", "axes that broadcast"))
-    if enable_gqa:
-        check(v[-3] == k[-3], "value", "the heads (axis -3)", "key")
-        _check_groups(q[-3], k[-3], f"query: {q[-3]} heads (axis -3), expected a multiple of the {k[-3]} heads of key")
-        lead.append(q[-3])
-    else:
-        heads = broadcast(q[-3], k[-3], "key", "heads (axis -3) that broadcast (enable_gqa is not set)")
-        lead.append(broadcast(heads, v[-3], "value", "heads (axis -3) that broadcast"))
-    if attn_mask is not None:
-        types = (torch.bool, torch.float32, query.dtype)
-        _check_type("attn_mask", attn_mask, types, f"bool, query's type ({_type_name(query)}) or float32")
-        full = [*lead, q[-2], k[-2]][full_rank - rank :]
-        fits = attn_mask.dim() <= rank and _broadcasts(_padded(attn_mask, rank), full)
-        _check_shape("attn_mask", attn_mask, fits, f"one that broadcasts to {full}")
-    return query.new_empty([*lead, q[-2], v[-1]][full_rank - rank :])
+def _sdpa_fake(query, *args):
+    return query.new_empty(sdpa_shape(query, *args))
 
 
-def _check_groups(heads: Any, kv_heads: Any, message: str) -> None:
-    torch._check_value(kv_heads != 0, lambda: message)
-    torch._check_value(heads % kv_heads == 0, lambda: message)
-
-
-def _attention_shapes(*args: Any) -> tuple[list[Any], list[Any]]:
-    """The shapes of the result and of its log-sum-exp, from an operator's flat arguments."""
+def _shapes(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """Those of the result and its log-sum-exp, from an operator's flat arguments."""
     args += _DEFAULTS[len(args) - 3 :]
-    tensors, layout = dict(zip(_TENSORS, args)), args[8]
-    _check_devices(tensors)
-    if layout not in ("bhsd", "bshd"):
-        raise ValueError(f"layout: {layout!r}, expected {_LAYOUT}")
-    axes = "(batch, heads, length, dim)" if layout == "bhsd" else "(batch, length, heads, dim)"
-    for name in _TENSORS[:3]:
-        _check_float(name, tensors[name])
-        _check_shape(name, tensors[name], tensors[name].dim() == 4, f"4 axes {axes}")
-    heads_first = (0, 1, 2, 3) if layout == "bhsd" else (0, 2, 1, 3)
-    q, k, v = ([t.shape[axis] for axis in heads_first] for t in args[:3])
-    (batch, heads, q_len, dk), (_, kv_heads, kv_len, _) = q, k
-    _check_extras(tensors, batch, heads)
-    for name, axis, given, expected, origin in (
-        ("k", "batch", k[0], batch, "q"),
-        ("v", "batch", v[0], batch, "q"),
-        ("v", "heads", v[1], kv_heads, "k"),
-        ("v", "length", v[2], kv_len, "k"),
-        ("k", "head dim", k[3], dk, "q"),
-    ):
-        message = f"{name}: {axis} is {given}, expected {expected} to match {origin}"
-        torch._check_value(given == expected, lambda message=message: message)
-    for name, axis, size in (("q", "heads", heads), ("k", "heads", kv_heads), ("q", "head dim", dk)):
-        message = f"{name}: {axis} is 0, expected at least 1"
-        torch._check_value(size != 0, lambda message=message: message)
-    _check_groups(heads, kv_heads, f"q: {heads} heads, expected a multiple of the {kv_heads} heads of k")
-    full = [batch, heads, q_len, kv_len]
-    for name in ("mask", "bias"):
-        if tensors[name] is not None:
-            given = _padded(tensors[name], 4)
-            message = (
-                f"{name}: shape {given} does not broadcast to (batch, heads, query length, key length), expected {full} "
-                "or 1 in place of each"
-            )
-            torch._check_value(_broadcasts(given, full), lambda message=message: message)
-    lse = [batch, heads, q_len]
-    return [*(lse if layout == "bhsd" else (batch, q_len, heads)), v[3]], lse
-
-
-def _check_extras(tensors: dict[str, Tensor | None], batch: Any, heads: Any) -> None:
-    """Types and ranks of the tensors beside q, k and v, and the shapes of those that do not broadcast."""
-    q_type = tensors["q"].dtype
-    for name, types, expected in (
-        ("mask", (torch.bool,), "bool (True takes part); an additive mask is a bias"),
-        ("bias", (q_type, torch.float32), f"q's type ({_type_name(tensors['q'])}) or float32"),
-        ("alibi_slopes", (torch.float32,), "float32"),
-        ("sinks", (torch.float32,), "float32"),
-        ("kv_lengths", (torch.int32, torch.int64), "int32 or int64"),
-    ):
-        t = tensors[name]
-        if t is None:
-            continue
-        _check_type(name, t, types, expected)
-        if name in ("mask", "bias"):
-            _check_shape(name, t, t.dim() <= 4, "at most 4 axes (batch, heads, query length, key length)")
-        elif name == "alibi_slopes":
-            fits = _equal(t.shape, (heads,)) | _equal(t.shape, (batch, heads))
-            _check_shape(name, t, fits, f"[{heads}] or [{batch}, {heads}]")
-        else:
-            size = heads if name == "sinks" else batch
-            _check_shape(name, t, _equal(t.shape, (size,)), f"[{size}]")
+    return attention_shapes(args[8], *args[:8])
 
 
 @torch.library.register_fake("qkv::attention", lib=_LIB)
 def _attention_fake(*args):
-    return args[0].new_empty(_attention_shapes(*args)[0])
+    return args[0].new_empty(_shapes(args)[0])
 
 
 @torch.library.register_fake("qkv::attention_with_lse", lib=_LIB)
 def _attention_lse_fake(*args):
-    out, lse = _attention_shapes(*args)
+    out, lse = _shapes(args)
     return args[0].new_empty(out), args[0].new_empty(lse, dtype=torch.float32)
 
 
@@ -617,7 +457,7 @@ def attention(
 
 def _copy_out(out: Tensor, result: Tensor) -> Tensor:
     """`out=` where the call is traced: the operators are functions, so the copy is a node of its own."""
-    _check_type("out", out, (result.dtype,), _type_name(result))
+    check_type("out", out, (result.dtype,), type_name(result))
     if out.shape != result.shape:
         raise ValueError(f"out: shape {list(out.shape)}, expected {list(result.shape)}")
     return out.copy_(result)
