@@ -39,16 +39,26 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         }
         self.block = block.clone();
         self.keys = self.rows_of_block(&self.call.k, false);
-        // Few rows bring values in when the scores are done, where at all, in the same scratch.
+        self.values_f32 = None;
+        // Few rows bring values in when the scores are done, where at all.
         if !FEW {
-            self.values = self.rows_of_block(&self.call.v, false);
+            self.bring_in_values(false);
+        }
+    }
+
+    /// Brings the block's values in, if that has not been done; `all_f32`: see [`Self::rows_of_block`].
+    #[inline(always)]
+    pub(crate) fn bring_in_values(&mut self, all_f32: bool) {
+        if self.values_f32 != Some(all_f32) {
+            self.values = self.rows_of_block(&self.call.v, all_f32);
+            self.values_f32 = Some(all_f32);
         }
     }
 
     /// The rows of the block, of keys or of values: in place, or a copy in scratch. Few rows read one by one where they lie,
     /// widened or not, unless `all_f32`.
     #[inline(always)]
-    pub(crate) fn rows_of_block(&mut self, rows: &KvRows<'_>, all_f32: bool) -> BlockRows {
+    fn rows_of_block(&mut self, rows: &KvRows<'_>, all_f32: bool) -> BlockRows {
         let (s, segment, head, block) = (self.s, &self.task.segment, self.task.kv_head, &self.block);
         if let Some((ptr, stride)) = rows.in_place(segment, head, block.start) {
             return BlockRows { ptr, stride };
@@ -57,7 +67,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             return BlockRows::NONE;
         }
         let dim = rows.data.shape()[3];
-        let of_keys = FEW || core::ptr::eq(rows, &raw const self.call.k);
+        let of_keys = core::ptr::eq(rows, &raw const self.call.k);
         let wide = if of_keys { &mut *self.scratch.wide_keys } else { &mut *self.scratch.wide_values };
         let wide = &mut wide[..block.len() * dim];
         rows.copy(s, segment, head, block, wide, true);

@@ -1,7 +1,7 @@
 //! The border: everything that a caller can get wrong is looked at here, before anything is written; inside, indices are
 //! trusted.
 
-use crate::plan::Shape;
+use crate::shape::Shape;
 use crate::{Argument, AttentionError, AttentionSpec, Bias};
 
 /// Positions are counted in i64 and compared with offsets; this leaves room for their sums.

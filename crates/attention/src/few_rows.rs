@@ -1,8 +1,8 @@
-//! The two products for a few query rows (decoding): lanes run along the dims, not along the queries.
+//! The two products for a few queries (decoding): lanes run along the dims, not along the queries.
 //!
-//! With r query rows, r at most the number of lanes, tiles would leave most lanes empty, and the work would no longer hide
-//! behind the memory that keys and values come from. Here every key row is read once for all r queries, as dots of
-//! several keys at once, and every value row once, as multiply-adds onto r rows of outputs:
+//! With few query rows tiles would leave most lanes empty, and the work would no longer hide behind the memory that keys and
+//! values come from. Here every key row is read once for r of them, at most 8, as dots of several keys at once, and every value row
+//! once, as multiply-adds onto r rows of outputs:
 //!
 //! ```text
 //! s[j][i] = k_j . q_i        KEYS x R sums in registers, reduced across lanes at the end
@@ -43,8 +43,13 @@ pub(crate) const FEW_BLOCK: usize = 256;
 /// Something of each row of a block.
 pub(crate) type RowList<T> = ArrayVec<T, FEW_BLOCK>;
 
-/// Most rows of queries: of a vector of scores no more is used, and more would not fit the registers.
+/// Most rows of queries at a time: more would not fit the registers.
 pub(crate) const MOST_ROWS: usize = 8;
+
+/// The same with vectors of so many lanes, of which each has a query. Longer sequences are computed by tiles.
+pub(crate) const fn most_few_rows(lanes: usize) -> usize {
+    if lanes < MOST_ROWS { lanes } else { MOST_ROWS }
+}
 
 /// Scores of few queries.
 pub(crate) struct FewScores<'w> {

@@ -10,11 +10,9 @@ use crate::few_rows::{FewSums, MOST_ROWS, load};
 use crate::row_runs::{FewRows, RowRun, RunCursor};
 use crate::storage::Element;
 
-/// Keys whose weighted values are summed up in registers, few enough for the rounding.
-const SUM_KEYS: usize = 64;
-
-/// The same where rows are read in several passes: so few that they are still in L1 for the next one, and at most a run, which is what
-/// the passes ask for.
+/// Keys whose weighted values are summed up in registers: so few that where rows are read in several passes, they are still in L1 for
+/// the next one. The same however many passes there are, which depends on the rows that share the registers, so that a row's sums do
+/// not.
 const PASS_KEYS: usize = 16;
 
 /// [`FewSums`] of a type, `R` query rows, `DV` vectors of dims at a time.
@@ -31,7 +29,8 @@ impl<T: Element, const R: usize, const DV: usize> SimdOp for SumsOf<'_, '_, T, R
         let sums = self.0;
         let (dim, step, keys) = (sums.values.dim, DV * S::LANES, sums.keys);
         let mut cursor = RunCursor::new(sums.values.runs);
-        let chunk = if dim > step { PASS_KEYS.min(RowRun::most(dim * size_of::<T>())) } else { SUM_KEYS };
+        // At most a run, which is what passes ask for.
+        let chunk = PASS_KEYS.min(RowRun::most(dim * size_of::<T>()));
         let mut first = 0;
         while first < keys {
             let end = keys.min((sums.first_key + first) / chunk * chunk + chunk - sums.first_key);

@@ -1,6 +1,8 @@
 //! The end of a strip: outputs over their sums, stored as rows, and the LSE; or, where its keys were cut into parts, what
 //! a part leaves behind, and their merge.
 
+use core::ops::Range;
+
 use qkv_simd::Simd;
 
 use crate::online_softmax::{self, InverseSum};
@@ -17,7 +19,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let (s, call, rows) = (self.s, self.call, self.rows_of(strip));
         let dv = call.plan.shape.value_dim;
         let sum = &self.scratch.state[strip * 2 * Self::NR..][Self::NR..2 * Self::NR];
-        let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
+        let outputs = self.outputs_of(strip);
+        let outputs = &mut self.scratch.outputs[outputs];
         if self.started >> strip & 1 == 0 {
             outputs.fill(0.0);
         }
@@ -80,7 +83,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             return;
         }
         let dv = self.call.plan.shape.value_dim;
-        let from = self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR].as_ptr();
+        let from = self.scratch.outputs[self.outputs_of(strip)].as_ptr();
         let staged = &mut self.scratch.rows[..Self::NR * dv];
         // SAFETY: `staged` has room for NR rows of dv values.
         unsafe {
@@ -92,47 +95,65 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     #[inline(always)]
     fn output_rows(&self, strip: usize) -> &[f32] {
         let dv = self.call.plan.shape.value_dim;
-        if FEW { &self.scratch.outputs[strip * dv * Self::NR..] } else { &self.scratch.rows[..Self::NR * dv] }
+        if FEW { &self.scratch.outputs[self.outputs_of(strip)] } else { &self.scratch.rows[..Self::NR * dv] }
     }
 
-    /// Leaves a part of the keys of the task's one strip in its slot: max, sum, and outputs that are not divided yet.
+    /// Where a strip is in the slot of a part of its task's keys.
     #[inline(always)]
-    pub(crate) fn save_part(&mut self, part: usize) {
-        let (dv, count, slot) = (self.call.plan.shape.value_dim, self.task.rows.len(), self.call.plan.slot());
-        if self.started & 1 == 0 {
-            self.scratch.outputs[..dv * Self::NR].fill(0.0);
+    fn in_slot(&self, strip: usize) -> Range<usize> {
+        let (first, values) = (strip * Self::ROWS, self.call.plan.shape.value_dim + 2);
+        first * values..(first + self.rows_of(strip).count) * values
+    }
+
+    /// Leaves what a strip has of a part of the task's keys in the part's slot: max, sum, and outputs that are not divided yet.
+    #[inline(always)]
+    pub(crate) fn save_part(&mut self, strip: usize, part: usize) {
+        let (dv, count, slot) =
+            (self.call.plan.shape.value_dim, self.rows_of(strip).count, self.call.plan.slot());
+        let (outputs, place) = (self.outputs_of(strip), self.in_slot(strip));
+        if self.started >> strip & 1 == 0 {
+            self.scratch.outputs[outputs.clone()].fill(0.0);
         }
-        self.turn_outputs(0);
-        let outputs = if FEW { &self.scratch.outputs[..] } else { &self.scratch.rows[..] };
+        self.turn_outputs(strip);
+        let outputs = if FEW { &self.scratch.outputs[outputs] } else { &self.scratch.rows[..] };
         let to = match &self.call.shared {
             // SAFETY: this task has this part of its unit.
             Some(shared) => unsafe { shared.slots(self.task.first_slot + part, 1) },
             None => &mut self.scratch.slots[part * slot..][..slot],
         };
-        let (max, sum) = self.scratch.state[..2 * Self::NR].split_at(Self::NR);
+        let to = &mut to[place];
+        let (max, sum) = self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR].split_at(Self::NR);
         to[..count].copy_from_slice(&max[..count]);
         to[count..2 * count].copy_from_slice(&sum[..count]);
-        to[2 * count..][..count * dv].copy_from_slice(&outputs[..count * dv]);
+        to[2 * count..].copy_from_slice(&outputs[..count * dv]);
     }
 
-    /// Merges the parts and stores the result, if this task is the one that has finished the last of them.
+    /// Merges the parts of all strips and stores the results, if this task is the one that has finished the last of them.
     #[inline(always)]
-    pub(crate) fn merge_parts(&mut self, parts: usize) {
-        let (s, call, rows) = (self.s, self.call, self.rows_of(0));
-        let (dv, slot) = (call.plan.shape.value_dim, call.plan.slot());
-        let count = rows.count;
+    pub(crate) fn merge_parts(&mut self, strips: usize, parts: usize) {
+        if let Some(shared) = &self.call.shared
+            && !shared.finish(self.task.unit, self.task.parts.len(), parts)
+        {
+            return;
+        }
+        for strip in 0..strips {
+            self.merge_strip(strip, parts);
+        }
+    }
+
+    /// Merges the parts of a strip, which are finished, and stores the result.
+    #[inline(always)]
+    fn merge_strip(&mut self, strip: usize, parts: usize) {
+        let (s, call, rows, place) = (self.s, self.call, self.rows_of(strip), self.in_slot(strip));
+        let (dv, slot, count) = (call.plan.shape.value_dim, call.plan.slot(), rows.count);
         let slots = match &self.call.shared {
-            Some(shared) => {
-                if !shared.finish(self.task.unit, self.task.parts.len(), parts) {
-                    return;
-                }
-                // SAFETY: all parts of the unit are finished.
-                unsafe { &*shared.slots(self.task.first_slot, parts) }
-            }
+            // SAFETY: all parts of the unit are finished, says the caller.
+            Some(shared) => unsafe { &*shared.slots(self.task.first_slot, parts) },
             None => &self.scratch.slots[..parts * slot],
         };
+        let slots = slots.chunks_exact(slot).map(|slot| &slot[place.clone()]);
         for lane in 0..count {
-            let states = slots.chunks_exact(slot).map(|slot| (slot[lane], slot[count + lane]));
+            let states = slots.clone().map(|slot| (slot[lane], slot[count + lane]));
             let max = states.clone().map(|(max, _)| max).fold(f32::NEG_INFINITY, f32::max);
             let nothing = |state: (f32, f32)| state == (f32::NEG_INFINITY, 0.0);
             let share = |state: (f32, f32)| match nothing(state) {
@@ -142,7 +163,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             let sum: f64 = states.clone().map(|state| share(state) * f64::from(state.1)).sum();
             let out = &mut self.scratch.rows[..dv];
             out.fill(0.0);
-            for (slot, state) in slots.chunks_exact(slot).zip(states) {
+            for (slot, state) in slots.clone().zip(states) {
                 if nothing(state) {
                     continue;
                 }

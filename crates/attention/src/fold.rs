@@ -38,30 +38,35 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let hides = anywhere || !visible.is_whole(&keys);
         if FEW {
             // Values that are looked at one by one have to be f32.
-            self.values = self.rows_of_block(&self.call.v, self.careful && hides);
+            self.bring_in_values(self.careful && hides);
         }
         self.hides |= u64::from(hides) << strip;
         let seen =
             (self.careful && hides && self.any_not_finite(&keys)).then(|| self.copy_finite_values(&keys));
+        let packed = packed_stride::<S>(self.rows_of(strip).count);
         let (max, sum) = self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR].split_at_mut(Self::NR);
         let (s, to_log2) = (self.s, self.call.units.to_log2);
         let mut scores = &mut self.scratch.scores[..keys.len() * Self::NR];
         if FEW {
-            let packed = packed_stride::<S>(self.task.rows.len());
             if stride != packed {
                 packed_scores::pack::<S>(scores, keys.len(), packed);
                 block_max[0] = repeat_first_key(s, block_max[0], packed);
                 stride = packed;
             }
             scores = &mut scores[..(keys.len() * stride).next_multiple_of(S::LANES)];
-            // Every key of a vector goes on from its row's maximum, the first alone from its sum.
+            // Every key of a vector goes on from its row's maximum.
             s.store(repeat_first_key(s, s.load(max), stride), max);
-            sum[stride..].fill(0.0);
+            s.store(repeat_first_key(s, s.load(sum), stride), sum);
         }
-        let alpha = online_softmax::update(s, max, sum, block_max, scores, to_log2);
-        if FEW {
-            s.store(fold_keys(s, s.load(sum), stride, |x, y| s.add(x, y)), sum);
-        }
+        let state = (max, sum);
+        // Of few rows as many chains as a key has values: each holds every such vector, and each of its lanes every LANES-th key.
+        let alpha = match if FEW { stride } else { 0 } {
+            0 => online_softmax::update::<S, NV, SUM_CHAINS, false>(s, state, block_max, scores, to_log2),
+            1 => online_softmax::update::<S, NV, 1, true>(s, state, block_max, scores, to_log2),
+            2 => online_softmax::update::<S, NV, 2, true>(s, state, block_max, scores, to_log2),
+            4 => online_softmax::update::<S, NV, 4, true>(s, state, block_max, scores, to_log2),
+            _ => online_softmax::update::<S, NV, 8, true>(s, state, block_max, scores, to_log2),
+        };
 
         let values = match &seen {
             Some(_) => {
@@ -101,8 +106,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             return None;
         }
         // On the grid of the softmax's chains, so that a query's sums do not depend on the other lanes, nor on how a mask is
-        // written. Of few rows a chain takes as many keys at a time as a vector holds.
-        let grid = SUM_CHAINS * if FEW { S::LANES / packed_stride::<S>(rows.count) } else { 1 };
+        // written.
+        let grid = if FEW { S::LANES } else { SUM_CHAINS };
         let keys = any.start - (any.start - block.start) % grid..any.end;
         runs.count_from(keys.start);
         self.bring_in(&block);
@@ -139,6 +144,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let ahead = self.ahead(strip, rows, keys, visible, tiles);
         let (mut key_runs, mut scales) = (RunList::new(), RowList::new());
         let few = FEW.then(|| self.few_rows(&call.k, self.keys, keys, (&mut key_runs, &mut scales)));
+        let queries = self.queries_of(strip);
         let panel = if call.plan.has_panels { keys.len() * Self::NR } else { 0 };
         let memory = (&mut self.scratch.bias[..panel], &mut *self.scratch.rows);
         // A rule is to see -infinity where a bias masks, not NaN.
@@ -154,7 +160,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 ..visible.whole.end.saturating_sub(keys.start),
         };
         let light = !needs_pass && !FEW;
-        let queries = &self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR];
+        let queries = &self.scratch.queries[queries];
         let scores = &mut self.scratch.scores[..keys.len() * Self::NR];
         if let Some(few) = few {
             let plain = !needs_pass && tile_ops.is_empty();
@@ -247,7 +253,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let (mut value_runs, mut scales) = (RunList::new(), RowList::new());
         let few = FEW.then(|| self.few_rows(&self.call.v, values, keys, (&mut value_runs, &mut scales)));
         let weights = &self.scratch.scores[..keys.len() * stride];
-        let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
+        let (count, outputs) = (self.rows_of(strip).count, self.outputs_of(strip));
+        let outputs = &mut self.scratch.outputs[outputs];
         if let Some(few) = few {
             let mut op = FewSums {
                 weights,
@@ -255,7 +262,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 values: few,
                 keys: keys.len(),
                 first_key: keys.start - self.block.start,
-                count: self.task.rows.len(),
+                count,
                 alpha: started.then_some(&factors),
                 outputs,
             };

@@ -7,10 +7,11 @@ use qkv_simd::Isa;
 use crate::check::{check_axis, check_inputs, check_per_sequence, short_enough};
 use crate::kv_rows::KvRows;
 use crate::next_task::Taken;
-use crate::plan::{BlockCounts, Plan, Sequences, Shape};
+use crate::plan::{BlockCounts, Plan, Sequences};
 use crate::prefill::{Call, Prefill};
 use crate::rule::{NoRule, ScoreRule};
 use crate::score_ops::Units;
+use crate::shape::Shape;
 use crate::tensor::has_room;
 use crate::{Argument, AttentionError, AttentionSpec, Data, DataMut, Tensor, TensorMut};
 

@@ -25,7 +25,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     /// Whether an output of a strip that had hidden keys is NaN: then one of their values may be the reason.
     #[inline(always)]
     pub(crate) fn may_show_hidden(&self) -> bool {
-        let strips = self.task.rows.len().div_ceil(Self::NR);
+        let strips = self.task.rows.len().div_ceil(Self::ROWS);
         let mut found = false;
         for strip in 0..strips {
             found |= self.hides >> strip & 1 == 1 && self.has_non_finite_output(strip);
@@ -43,11 +43,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             return sums.iter().any(|sum| sum.is_nan());
         }
         // Of few rows those that there are, of others all lanes: [rows][dv] and [dv][NR].
-        let outputs = if FEW {
-            &self.scratch.outputs[..self.task.rows.len() * dv]
-        } else {
-            &self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR]
-        };
+        let rows = if FEW { self.rows_of(strip).count } else { Self::NR };
+        let outputs = &self.scratch.outputs[self.outputs_of(strip)][..rows * dv];
         // 0 x is 0 for finite x and NaN else, and once NaN a sum stays so. Four sums, for one alone would wait for each
         // of its additions.
         let mut sums = [s.zero(); 4];
@@ -100,14 +97,15 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         seen: &Seen,
     ) {
         let dv = self.call.plan.shape.value_dim;
-        let lanes = if FEW { self.task.rows.len() } else { Self::NR };
+        let lanes = if FEW { self.rows_of(strip).count } else { Self::NR };
+        let outputs = self.outputs_of(strip);
         for (i, key) in keys.clone().enumerate() {
             for d in 0..dv {
                 let x = self.value_row(key)[d];
                 if x.is_finite() {
                     continue;
                 }
-                let outputs = &mut self.scratch.outputs[strip * dv * Self::NR..][..dv * Self::NR];
+                let outputs = &mut self.scratch.outputs[outputs.clone()];
                 let weights = &self.scratch.scores[i * stride..][..lanes];
                 for (lane, &weight) in weights.iter().enumerate() {
                     if seen[i] >> lane & 1 == 1 {

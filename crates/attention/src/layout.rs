@@ -1,9 +1,8 @@
 //! Where a worker's scratch holds what.
 
-use crate::few_rows::FEW_BLOCK;
+use crate::few_rows::{FEW_BLOCK, most_few_rows};
 use crate::online_softmax::SUM_CHAINS;
 use crate::panels::WORD;
-use crate::parts::MAX_PARTS;
 use crate::plan::{KEY_BLOCK, Plan};
 
 /// No block of keys is larger where tiles compute it.
@@ -21,7 +20,8 @@ pub(crate) const MAX_KEY_BLOCK: usize = if FEW_BLOCK > TILED_BLOCK { FEW_BLOCK }
 /// tensors are not f32 or in pages | slots of parts, where a task has several |
 /// ```
 ///
-/// `block` is [`TILED_BLOCK`]; where a sequence has few query rows at least [`FEW_BLOCK`], with LANES for NR.
+/// `block` is [`TILED_BLOCK`]; where a sequence has few queries at least [`FEW_BLOCK`], with LANES for NR, and strips of [rows][dk] and
+/// [rows][dv].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
     outputs: usize,
@@ -50,9 +50,11 @@ impl Layout {
             end += values.next_multiple_of(16);
             start
         };
-        part(plan.strips() * dk * nr);
-        let outputs = part(plan.strips() * dv * nr);
-        let state = part(plan.strips() * 2 * nr);
+        let (strips, few_strips, few_rows) = (plan.strips(), plan.few_strips(), most_few_rows(plan.lanes));
+        let few_queries = few_strips * (dk * few_rows).next_multiple_of(plan.lanes);
+        part((strips * dk * nr).max(few_queries));
+        let outputs = part((strips * dv * nr).max(few_strips * dv * few_rows));
+        let state = part((strips * 2 * nr).max(few_strips * 2 * plan.lanes));
         let scores = part(lanes);
         let rows = part((nr * dk.max(dv)).max(lanes));
         let values = part(block * dv);
@@ -60,7 +62,7 @@ impl Layout {
         let bias = part(if plan.has_panels { lanes } else { 0 });
         let wide_keys = part(if plan.copies != [false; 2] { block * dk.max(dv) } else { 0 });
         let wide_values = part(if plan.copies[1] { block * dv } else { 0 });
-        let slots = part(if plan.has_own_slots() { MAX_PARTS * plan.slot() } else { 0 });
+        let slots = part(if plan.has_own_slots() { plan.slots() } else { 0 });
         Self { outputs, state, scores, rows, values, bits, bias, wide_keys, wide_values, slots, total: end }
     }
 }

@@ -40,6 +40,7 @@ mod row_runs;
 pub mod rule;
 mod runs;
 mod score_ops;
+mod shape;
 mod spec;
 mod storage;
 mod strip;
@@ -53,7 +54,8 @@ pub use forward::{
     Explanation, Outputs, attention, attention_into, attention_with_lse, attention_with_rule, explain,
 };
 pub use packed::{Packed, attention_packed, attention_paged};
-pub use plan::{BlockCounts, Plan, Shape};
+pub use plan::{BlockCounts, Plan};
+pub use shape::Shape;
 pub use spec::{AttentionSpec, Bias, Causal, QueryRotary, T5Bias, Window};
 pub use storage::{Data, DataMut, Int8Ref, PagedRef};
 pub use tensor::{Broadcast, HalfKind, Tensor, TensorMut, TensorRef};

@@ -20,8 +20,10 @@
 
 use qkv_simd::{Simd, math::ScaledExp2};
 
-/// Sums of p_j are kept in this many accumulators by key, so that they do not wait for each other. Also the grid to
-/// which the first key of a strip's part of a block is aligned, so that a query's sums do not depend on its
+use crate::packed_scores::fold_keys;
+
+/// Sums of p_j are kept in this many accumulators by key where tiles compute the scores, so that they do not wait for each other. Also
+/// the grid to which the first key of a strip's part of a block is aligned, so that a query's sums do not depend on its
 /// neighbours.
 pub(crate) const SUM_CHAINS: usize = 2;
 
@@ -29,11 +31,13 @@ pub(crate) const SUM_CHAINS: usize = 2;
 ///
 /// `max` and `sum` hold m and l of `NV` vectors of queries, `block_max` the largest scores of the block; `scores` are
 /// rows of keys, `NV * LANES` values each, overwritten by p_j; `to_log2` is c. Returns alpha.
+///
+/// The p_j are added up in `CHAINS`, a power of two, and these by halves. `PACKED`: a vector is several keys of `CHAINS` rows
+/// (packed_scores.rs); by halves these are then added up as well, so that a row's sum does not depend on how many there are.
 #[inline(always)]
-pub(crate) fn update<S: Simd, const NV: usize>(
+pub(crate) fn update<S: Simd, const NV: usize, const CHAINS: usize, const PACKED: bool>(
     s: S,
-    max: &mut [f32],
-    sum: &mut [f32],
+    (max, sum): (&mut [f32], &mut [f32]),
     block_max: [S::F32; NV],
     scores: &mut [f32],
     to_log2: f32,
@@ -51,10 +55,10 @@ pub(crate) fn update<S: Simd, const NV: usize>(
     }
 
     // One vector of queries after the other: with the constants of the exponential, two at a time do not fit 16 registers.
-    let mut sums = [[s.zero(); SUM_CHAINS]; NV];
+    let mut sums = [[s.zero(); CHAINS]; NV];
     for (v, sums) in sums.iter_mut().enumerate() {
         let exponent = (v * S::LANES, power, references[v]);
-        let mut chunks = scores.chunks_exact_mut(SUM_CHAINS * nr);
+        let mut chunks = scores.chunks_exact_mut(CHAINS * nr);
         for chunk in &mut chunks {
             for (chain, sum) in sums.iter_mut().enumerate() {
                 *sum = s.add(*sum, weigh(s, &mut chunk[chain * nr..][..nr], exponent));
@@ -66,9 +70,17 @@ pub(crate) fn update<S: Simd, const NV: usize>(
     }
 
     for v in 0..NV {
-        let mut total = sums[v][0];
-        for &chain in &sums[v][1..] {
-            total = s.add(total, chain);
+        let sums = &mut sums[v];
+        let mut chains = CHAINS;
+        while chains > 1 {
+            chains /= 2;
+            for chain in 0..chains {
+                sums[chain] = s.add(sums[chain], sums[chain + chains]);
+            }
+        }
+        let mut total = sums[0];
+        if PACKED {
+            total = fold_keys(s, total, CHAINS, |x, y| s.add(x, y));
         }
         let old = s.load(&sum[v * S::LANES..]);
         s.store(s.mul_add(old, alpha[v], total), &mut sum[v * S::LANES..]);

@@ -4,7 +4,8 @@ use crate::check::{ascending, check_axis, check_inputs, check_per_sequence, coun
 use crate::forward::run_plain;
 use crate::interval::Segment;
 use crate::kv_rows::KvRows;
-use crate::plan::{Sequences, Shape};
+use crate::plan::Sequences;
+use crate::shape::Shape;
 use crate::{Argument, AttentionError, AttentionSpec, Data, Outputs, PagedRef};
 
 /// Where sequences of different lengths begin and end in a packed batch.

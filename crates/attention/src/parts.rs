@@ -1,14 +1,15 @@
-//! The keys of a few query rows, cut into parts that several threads can take.
+//! The keys of short queries, cut into parts that several threads can take.
 //!
 //! The number of parts is a function of the key length alone, so a row has the same bits for any number of threads and in
-//! any batch. Each part leaves (m, l, o) of its rows in a slot, and the thread that finishes the last part of a (sequence,
-//! key/value head) merges them in order: with M the largest of the maxima m_p, in natural units,
+//! any batch. Each part leaves (m, l, o) of its rows in a slot, and the thread that finishes the last part of a unit (sequence,
+//! key/value head, rows of a task) merges them in order: with M the largest of the maxima m_p, in natural units,
 //!
 //! ```text
 //! l = sum over p of exp(m_p - M) l_p        out = sum over p of exp(m_p - M) o_p / l        see finish.rs
 //! ```
 //!
-//! and not from log-sum-exps, in which l_p is lost where m_p is large. Where there are enough heads for all threads, one task takes all parts of a head in turn, with slots of its own.
+//! and not from log-sum-exps, in which l_p is lost where m_p is large. Where there are enough heads for all threads, one task takes all parts in
+//! turn, with slots of its own.
 
 use core::sync::atomic::{AtomicU32, Ordering};
 use std::cell::UnsafeCell;
@@ -21,7 +22,7 @@ const PART: usize = 1024;
 /// No sequence has more parts: what their slots take is bounded then.
 pub(crate) const MAX_PARTS: usize = 32;
 
-/// With fewer (sequence, key/value head) than these, the parts of a head are tasks of their own.
+/// With fewer units than these, the parts of each are tasks of their own.
 pub(crate) const ENOUGH_UNITS: usize = 32;
 
 /// Keys per part of a sequence, whole key blocks.
@@ -34,11 +35,11 @@ pub(crate) fn parts(key_len: usize) -> usize {
     key_len.div_ceil(part_keys(key_len)).max(1)
 }
 
-/// The slots that tasks of one head share.
+/// The slots that the tasks of a unit share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     slots: Vec<UnsafeCell<f32>>,
-    /// Per unit, a (sequence, key/value head): its parts that are finished.
+    /// Per unit: its parts that are finished.
     finished: Vec<AtomicU32>,
     slot: usize,
 }

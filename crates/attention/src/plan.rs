@@ -4,9 +4,9 @@
 //! heads of its group, the group running fastest: row r is position r / group of the group's head r % group. So grouped
 //! heads share the keys and values that a task reads, and a causal task ends where its positions end.
 //!
-//! The plan does not depend on the number of threads (only tasks on the machine's cores), and the key blocks lie on a
-//! grid that begins at key 0 and depends on the key length alone; a row of the result therefore has the same bits for any
-//! number of threads and in any batch.
+//! The plan does not depend on the number of threads (only tasks on the machine's cores), the key blocks lie on a
+//! grid that begins at key 0 and depends on the key length alone, and which kernel computes a sequence depends on its query length; a
+//! row of the result therefore has the same bits for any number of threads, in any group and in any batch.
 
 use core::fmt;
 use core::ops::Range;
@@ -16,58 +16,14 @@ use qkv_gemm::{CacheInfo, KernelShape};
 use qkv_simd::Isa;
 
 use crate::few_ahead::EAGER_L1;
-use crate::few_rows::{FEW_BLOCK, MOST_ROWS};
+use crate::few_rows::{FEW_BLOCK, most_few_rows};
 use crate::interval::{self, Segment};
 use crate::kv_rows::KvRows;
 use crate::online_softmax::SUM_CHAINS;
 use crate::parts::{ENOUGH_UNITS, Shared, part_keys, parts};
 use crate::runs::Runs;
 use crate::strip::StripRows;
-use crate::{AttentionSpec, Causal};
-
-/// Sizes of a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
-    /// Batch.
-    pub batch: usize,
-    /// Query heads.
-    pub query_heads: usize,
-    /// Key/value heads.
-    pub kv_heads: usize,
-    /// Query length.
-    pub query_len: usize,
-    /// Key length.
-    pub key_len: usize,
-    /// Dim of a query and of a key.
-    pub key_dim: usize,
-    /// Dim of a value and of an output row.
-    pub value_dim: usize,
-}
-
-impl Shape {
-    /// Query heads per key/value head; 0 where there is none.
-    #[must_use]
-    pub fn group(&self) -> usize {
-        self.query_heads.checked_div(self.kv_heads).unwrap_or(0)
-    }
-
-    /// Useful floating-point operations: 2 (dk + dv) for each score, of all keys or of those that a causal mask leaves.
-    #[must_use]
-    pub fn flops(&self, causal: Option<Causal>) -> f64 {
-        let (rows, keys) = (self.query_len as f64, self.key_len as f64);
-        // Row i sees clamp(i + 1 + offset, 0, keys) of them; `upto(x)` is the sum of clamp(t, 0, keys) for t <= x.
-        let upto = |x: f64| {
-            let ramp = x.clamp(0.0, keys);
-            ramp * (ramp + 1.0) / 2.0 + (x - keys).max(0.0) * keys
-        };
-        let per_head = match causal.map(|causal| causal.offset(self.query_len, self.key_len) as f64) {
-            None => rows * keys,
-            Some(offset) => upto(rows + offset) - upto(offset),
-        };
-        let heads = self.batch as f64 * self.query_heads as f64;
-        per_head * heads * 2.0 * (self.key_dim as f64 + self.value_dim as f64)
-    }
-}
+use crate::{AttentionSpec, Shape};
 
 /// Which rows of the tensors are sequences.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,7 +46,7 @@ pub(crate) struct Task {
     pub(crate) rows: Range<usize>,
     /// Parts of the keys, see parts.rs.
     pub(crate) parts: Range<usize>,
-    /// Number of the (sequence, key/value head), and of its first slot, where parts are tasks of their own.
+    /// Number of the (sequence, key/value head, rows), and of its first slot, where parts are tasks of their own.
     pub(crate) unit: usize,
     pub(crate) first_slot: usize,
 }
@@ -117,6 +73,12 @@ const COLD: usize = 256 << 10;
 /// cores, which queries and outputs share. Batch 8, 12 heads, S 128 (6 MiB) lost 1 % by asking, 64 packed sequences
 /// (100 MiB) gained 3 % (Zen 5).
 const FAR: usize = 4 << 20;
+
+/// Most rows of a task whose keys are cut into several parts, of which each has a slot for all of them.
+const CUT_ROWS: usize = 64;
+
+/// Most strips of a task: a worker remembers some things of each in the bits of a word.
+const MAX_STRIPS: usize = 64;
 
 /// Values that all slots of parts together may take: 32 MiB, half of what a call may take in all.
 const MAX_SLOT_VALUES: usize = 8 << 20;
@@ -154,7 +116,9 @@ pub(crate) fn key_block(key_len: usize) -> usize {
 pub struct Plan {
     pub(crate) shape: Shape,
     pub(crate) kernel: KernelShape,
-    pub(crate) rows_per_task: usize,
+    rows_per_task: usize,
+    /// The same for sequences whose keys are cut into parts.
+    cut_rows: usize,
     pub(crate) sequences: Sequences,
     tasks: usize,
     longest_first: bool,
@@ -176,6 +140,8 @@ pub struct Plan {
     /// Most parts of a sequence, and parts of a task where tasks have parts.
     most_parts: usize,
     parts_per_task: usize,
+    /// Most tasks that the rows of a key/value head are cut into, of a sequence whose keys are cut.
+    most_cuts: usize,
     pub(crate) lanes: usize,
     /// Whether any sequence has few rows.
     pub(crate) any_few_rows: bool,
@@ -207,8 +173,8 @@ impl Plan {
             all_rows.saturating_mul(shape.kv_heads).div_ceil(ENOUGH_TASKS.max(TASKS_PER_CORE * cores()));
         let most = MAX_ROWS.min(by_memory).min(by_tasks).next_multiple_of(kernel.nr).max(kernel.nr);
         let rows_per_task = even_share(rows, most, kernel.nr);
-        // Only the keys of a single strip of rows are cut.
-        let is_cut = |query_len: usize| group * query_len <= kernel.nr;
+        // Only the keys of short queries are cut; whether they are, is not to depend on the heads that are computed together.
+        let is_cut = |query_len: usize| query_len <= kernel.nr;
         let most_parts = match &sequences {
             Sequences::Batches { .. } if !is_cut(shape.query_len) => 1,
             // Not those of the longest: a longer sequence may have larger and fewer parts.
@@ -221,7 +187,10 @@ impl Plan {
                 cut.map(|(s, _)| parts(s.key_len)).max().unwrap_or(1)
             }
         };
-        let units = count * shape.kv_heads;
+        let cut_rows = if most_parts > 1 { CUT_ROWS } else { MAX_STRIPS * most_few_rows(isa.lanes()) };
+        let cut_rows = cut_rows.min(rows_per_task);
+        let most_cuts = rows.min(group.saturating_mul(kernel.nr)).div_ceil(cut_rows).max(1);
+        let units = count * shape.kv_heads * most_cuts;
         let is_cold = all_rows.saturating_mul(shape.kv_heads * (shape.key_dim + shape.value_dim)) > COLD;
         let copies = [k.is_copied(), v.is_copied()];
         let leaves = spec.window.is_some_and(|window| window.left.is_some()) || spec.documents.is_some();
@@ -229,6 +198,7 @@ impl Plan {
             shape,
             kernel,
             rows_per_task,
+            cut_rows,
             sequences,
             tasks: 0,
             longest_first: spec.causal.is_some(),
@@ -242,6 +212,7 @@ impl Plan {
             has_parts: true,
             splits: most_parts > 1 && units < ENOUGH_UNITS,
             most_parts,
+            most_cuts,
             // No finer than for enough tasks: a task begins with rows that nothing has asked for.
             parts_per_task: (most_parts / ENOUGH_UNITS.div_ceil(units.max(1))).max(1),
             lanes: isa.lanes(),
@@ -286,27 +257,38 @@ impl Plan {
         if rows == 0 {
             return 0;
         }
-        self.shape.kv_heads * rows.div_ceil(self.rows_per_task) * self.cuts(segment)
+        self.shape.kv_heads * rows.div_ceil(self.rows_per_task(segment)) * self.cuts(segment)
     }
 
-    /// Whether a sequence has so few query rows that they are not computed by tiles.
+    /// Most rows of a sequence's tasks.
+    fn rows_per_task(&self, segment: &Segment) -> usize {
+        if self.is_cut(segment) { self.cut_rows } else { self.rows_per_task }
+    }
+
+    /// Whether the keys of a sequence are cut into parts, of which there may be a single one.
+    fn is_cut(&self, segment: &Segment) -> bool {
+        self.has_parts && segment.query_len <= self.kernel.nr
+    }
+
+    /// Whether a sequence has so few queries that its rows are not computed by tiles. Like all that decides in which order numbers
+    /// are added up, this depends on the lengths of a sequence alone, not on the heads of a group.
     pub(crate) fn has_few_rows(&self, segment: &Segment) -> bool {
-        self.has_parts && self.shape.group() * segment.query_len <= self.lanes.min(MOST_ROWS)
+        self.has_parts && segment.query_len <= most_few_rows(self.lanes)
     }
 
-    /// Parts that the keys of a sequence are cut into, and keys of a part: more than one for a single strip of rows only.
+    /// Parts that the keys of a sequence are cut into, and keys of a part.
     pub(crate) fn parts(&self, segment: &Segment) -> (usize, usize) {
-        if self.has_parts && self.shape.group() * segment.query_len <= self.kernel.nr {
+        if self.is_cut(segment) {
             (parts(segment.key_len), part_keys(segment.key_len))
         } else {
             (1, usize::MAX)
         }
     }
 
-    /// Tasks per strip of a sequence, each with some parts of the keys. For all batches the same, so that tasks can be counted;
-    /// those beyond a batch's own keys have nothing to do.
+    /// Tasks for the same rows of a sequence, each with some parts of the keys. For all batches the same, so that tasks can be
+    /// counted; those beyond a batch's own keys have nothing to do.
     fn cuts(&self, segment: &Segment) -> usize {
-        if !self.splits || self.shape.group() * segment.query_len > self.kernel.nr {
+        if !self.splits || !self.is_cut(segment) {
             return 1;
         }
         match &self.sequences {
@@ -315,10 +297,15 @@ impl Plan {
         }
     }
 
-    /// Values of a part's slot: per row a maximum, a sum and an output.
+    /// Values of a part's slot: per row of a task a maximum, a sum and an output.
     pub(crate) fn slot(&self) -> usize {
         let rows = self.shape.group() * self.shape.query_len;
-        self.kernel.nr.min(rows) * (self.shape.value_dim + 2)
+        self.cut_rows.min(rows) * (self.shape.value_dim + 2)
+    }
+
+    /// The slots of all parts of a task's rows.
+    pub(crate) fn slots(&self) -> usize {
+        self.most_parts * self.slot()
     }
 
     /// Whether workers need slots of their own.
@@ -332,7 +319,8 @@ impl Plan {
             Sequences::Batches { .. } => self.shape.batch,
             Sequences::Packed(all) => all.len(),
         };
-        self.splits.then(|| Shared::new(sequences * self.shape.kv_heads, self.most_parts, self.slot()))
+        let units = sequences * self.shape.kv_heads * self.most_cuts;
+        self.splits.then(|| Shared::new(units, self.most_parts, self.slot()))
     }
 
     /// Number of tasks.
@@ -367,22 +355,22 @@ impl Plan {
                 (segment, index - first)
             }
         };
-        let rows = group * segment.query_len;
+        let (rows, rows_per_task) = (group * segment.query_len, self.rows_per_task(&segment));
         let (parts, _) = self.parts(&segment);
-        let by_keys = self.cuts(&segment);
-        let cuts = rows.div_ceil(self.rows_per_task) * by_keys;
-        let (kv_head, cut) = (index / cuts, index % cuts);
-        let unit = segment.index * shape.kv_heads + kv_head;
+        let (by_rows, by_keys) = (rows.div_ceil(rows_per_task), self.cuts(&segment));
+        let (kv_head, cut) = (index / (by_rows * by_keys), index % (by_rows * by_keys));
+        // All rows of a part are neighbours, for the sake of its keys.
+        let (first_part, cut) = (cut / by_rows * self.parts_per_task, cut % by_rows);
+        let cut = if self.longest_first { by_rows - 1 - cut } else { cut };
+        let unit = (segment.index * shape.kv_heads + kv_head) * self.most_cuts + cut;
         let first_slot = unit * self.most_parts;
-        if by_keys > 1 {
-            let first = cut * self.parts_per_task;
-            let parts = first.min(parts)..(first + self.parts_per_task).min(parts);
-            return Task { segment, kv_head, rows: 0..rows, parts, unit, first_slot };
-        }
-        let cut = if self.longest_first { cuts - 1 - cut } else { cut };
-        let first = cut * self.rows_per_task;
-        let rows = first..(first + self.rows_per_task).min(rows);
-        Task { segment, kv_head, rows, parts: 0..parts, unit, first_slot }
+        let first = cut * rows_per_task;
+        let rows = first..(first + rows_per_task).min(rows);
+        let parts = match by_keys {
+            1 => 0..parts,
+            _ => first_part.min(parts)..(first_part + self.parts_per_task).min(parts),
+        };
+        Task { segment, kv_head, rows, parts, unit, first_slot }
     }
 
     /// Whether keys may lie in no cache where a task reads them: they are far, it is the first in the list of its sequence and
@@ -408,9 +396,9 @@ impl Plan {
 
     /// The strips of a task.
     pub(crate) fn strips_of<'t>(&'t self, task: &'t Task) -> impl Iterator<Item = StripRows> + use<'t> {
-        let nr = self.kernel.nr;
-        let cut = move |first: usize| first..task.rows.end.min(first + nr);
-        task.rows.clone().step_by(nr).map(move |first| self.rows_of(task, cut(first)))
+        let most = if self.has_few_rows(&task.segment) { most_few_rows(self.lanes) } else { self.kernel.nr };
+        let cut = move |first: usize| first..task.rows.end.min(first + most);
+        task.rows.clone().step_by(most).map(move |first| self.rows_of(task, cut(first)))
     }
 
     /// Some rows of a task, not none.
@@ -425,12 +413,17 @@ impl Plan {
         self.rows_per_task / self.kernel.nr
     }
 
+    /// Strips in the largest task of few queries, where there are such.
+    pub(crate) fn few_strips(&self) -> usize {
+        if self.any_few_rows { self.cut_rows.div_ceil(most_few_rows(self.lanes)) } else { 0 }
+    }
+
     /// Bytes of scratch that each worker uses; not more for a longer sequence than for a long one.
     ///
     /// About `4 (rows (dk + dv + 2) + 128 NR + 128 dv + NR max(dk, dv, 128))`, `4 x 128 NR` more with a bias, and
     /// `4 x 128 (max(dk, dv) + dv)` more where keys or values are copied (16 or 8 bits, pages); rows at most 192 and at most
-    /// 2^17 / (dk + dv), but at least NR. Where a sequence has few query rows, blocks have 256 keys instead of 128, and a task of
-    /// several parts keeps up to 32 results. Results of parts that are tasks of their own are the call's, not a worker's.
+    /// 2^17 / (dk + dv), but at least NR. Where a sequence has few queries, blocks have 256 keys instead of 128, and a task of
+    /// several parts, of at most 64 rows, keeps up to 32 results of each. Results of parts that are tasks of their own are the call's, not a worker's.
     #[must_use]
     pub fn scratch_bytes(&self) -> usize {
         crate::layout::Layout::new(self).total * size_of::<f32>()
@@ -490,7 +483,7 @@ impl fmt::Display for Plan {
             self.kernel.mr,
             self.kernel.nr,
             self.tasks,
-            self.rows_per_task,
+            self.rows_per_task(&self.batch_segment(0, None)),
             self.parts(&self.batch_segment(0, None)).0,
             if few { FEW_BLOCK } else { key_block(self.shape.key_len) },
             self.scratch_bytes()

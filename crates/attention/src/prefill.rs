@@ -21,7 +21,7 @@ use qkv_simd::{Isa, Simd, SimdOp};
 
 use crate::ahead::ask_for_queries;
 use crate::block_rows::BlockRows;
-use crate::few_rows::FEW_BLOCK;
+use crate::few_rows::{FEW_BLOCK, most_few_rows};
 use crate::interval;
 use crate::kv_rows::KvRows;
 use crate::layout::{Layout, Scratch};
@@ -86,8 +86,8 @@ impl<R: ScoreRule> TileOp for Prefill<'_, '_, R> {
     }
 }
 
-/// A task in the hands of a worker, compiled for an instruction set and its tile; `FEW`: for the products of few_rows.rs,
-/// with one vector of queries, instead of tiles.
+/// A task in the hands of a worker, compiled for an instruction set and its tile; `FEW`: for the products of few_rows.rs, with
+/// strips of few rows, instead of tiles.
 pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize, const FEW: bool> {
     pub(crate) s: S,
     pub(crate) call: &'w Call<'a, R>,
@@ -108,6 +108,8 @@ pub(crate) struct Worker<'w, 'a, S, R, const MR: usize, const NV: usize, const F
     pub(crate) block: Range<usize>,
     pub(crate) keys: BlockRows,
     pub(crate) values: BlockRows,
+    /// Whether the values are in, and if so, whether all had to be f32.
+    pub(crate) values_f32: Option<bool>,
     /// Whether the queries were asked for by the task before.
     pub(crate) asked: bool,
     /// Where the next task is to be found, and the one that was taken while this one ends.
@@ -135,6 +137,7 @@ impl<'w, 'a, S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW:
             block: 0..0,
             keys: BlockRows::NONE,
             values: BlockRows::NONE,
+            values_f32: None,
             asked,
             tasks,
             next: None,
@@ -152,7 +155,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> S
         if self.task.parts.is_empty() {
             return None;
         }
-        let (s, strips) = (self.s, self.task.rows.len().div_ceil(Self::NR));
+        let (s, strips) = (self.s, self.task.rows.len().div_ceil(Self::ROWS));
         let asks = !FEW && self.call.plan.is_cold && !self.asked;
         if asks {
             ask_for_queries(s, &self.call.q, &self.rows_of(0));
@@ -194,15 +197,15 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool> S
                     break;
                 }
                 self.careful = true;
-                // Few rows may have brought values in where its keys were.
-                self.block = 0..0;
             }
             if parts > 1 {
-                self.save_part(part);
+                for strip in 0..strips {
+                    self.save_part(strip, part);
+                }
             }
         }
         if parts > 1 {
-            self.merge_parts(parts);
+            self.merge_parts(strips, parts);
             return self.next;
         }
         if self.call.weights.is_some() {
@@ -233,20 +236,23 @@ impl<R> Call<'_, R> {
 impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     Worker<'_, '_, S, R, MR, NV, FEW>
 {
-    /// Query rows in a strip.
+    /// Lanes of a strip.
     pub(crate) const NR: usize = NV * S::LANES;
+
+    /// Most query rows of a strip.
+    pub(crate) const ROWS: usize = if FEW { most_few_rows(S::LANES) } else { Self::NR };
 
     /// The rows in the lanes of a strip.
     #[inline(always)]
     pub(crate) fn rows_of(&self, strip: usize) -> StripRows {
-        let first = self.task.rows.start + strip * Self::NR;
-        self.call.plan.rows_of(self.task, first..self.task.rows.end.min(first + Self::NR))
+        let first = self.task.rows.start + strip * Self::ROWS;
+        self.call.plan.rows_of(self.task, first..self.task.rows.end.min(first + Self::ROWS))
     }
 
     /// Whether it holds the task's last rows, and so is the first to be computed.
     #[inline(always)]
     pub(crate) fn is_last(&self, strip: usize) -> bool {
-        self.task.rows.start + (strip + 1) * Self::NR >= self.task.rows.end
+        self.task.rows.start + (strip + 1) * Self::ROWS >= self.task.rows.end
     }
 
     /// Number of the block that a key is in.

@@ -109,11 +109,26 @@ pub(crate) fn load_lanes<S: Simd, const NV: usize>(s: S, lanes: &[f32; MAX_NR]) 
 impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
     Worker<'_, '_, S, R, MR, NV, FEW>
 {
+    /// Where its queries are in the scratch: whole vectors.
+    #[inline(always)]
+    pub(crate) fn queries_of(&self, strip: usize) -> Range<usize> {
+        let values = (self.call.plan.shape.key_dim * Self::ROWS).next_multiple_of(S::LANES);
+        strip * values..(strip + 1) * values
+    }
+
+    /// Where its outputs are in the scratch.
+    #[inline(always)]
+    pub(crate) fn outputs_of(&self, strip: usize) -> Range<usize> {
+        let values = self.call.plan.shape.value_dim * Self::ROWS;
+        strip * values..(strip + 1) * values
+    }
+
     /// Packs a strip's queries as [dk][NR], times the scale; lanes without a row are zero. Few rows: [rows][dk].
     #[inline(always)]
     pub(crate) fn pack_queries(&mut self, strip: usize) {
         let (s, rows, dk) = (self.s, self.rows_of(strip), self.call.plan.shape.key_dim);
-        let packed = &mut self.scratch.queries[strip * dk * Self::NR..][..dk * Self::NR];
+        let packed = self.queries_of(strip);
+        let packed = &mut self.scratch.queries[packed];
         if let (Some(q), None, 1, false) = (self.call.q.as_f32(), &self.call.spec.rotary, rows.group, FEW)
             && rows.count == Self::NR
         {
@@ -124,7 +139,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             unsafe { transpose(s, (Self::NR, dk), from, stride, packed.as_mut_ptr(), Self::NR as isize) };
         } else {
             let staged = if FEW { &mut *packed } else { &mut self.scratch.rows[..Self::NR * dk] };
-            for lane in 0..Self::NR {
+            for lane in 0..Self::ROWS {
                 let to = &mut staged[lane * dk..][..dk];
                 if lane < rows.count {
                     let place = rows.place(lane);
