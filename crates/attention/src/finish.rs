@@ -5,7 +5,8 @@ use core::ops::Range;
 
 use qkv_simd::Simd;
 
-use crate::online_softmax::{self, InverseSum};
+use crate::factor::Factor;
+use crate::online_softmax;
 use crate::prefill::{Call, Worker};
 use crate::rule::ScoreRule;
 use crate::strip::{StripRows, transpose};
@@ -24,13 +25,13 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         if self.started >> strip & 1 == 0 {
             outputs.fill(0.0);
         }
-        let mut inverse = [InverseSum::nothing(s); NV];
+        let mut inverse = [Factor::splat(s, 0.0); NV];
         for (v, inverse) in inverse.iter_mut().enumerate() {
-            *inverse = InverseSum::of(s, s.load(&sum[v * S::LANES..]));
+            *inverse = Factor::inverse_sum(s, s.load(&sum[v * S::LANES..]));
         }
         if FEW {
             for (lane, row) in outputs.chunks_exact_mut(dv.max(1)).enumerate().take(rows.count) {
-                let inverse = InverseSum::of(s, s.splat(sum[lane]));
+                let inverse = Factor::inverse_sum(s, s.splat(sum[lane]));
                 let mut chunks = row.chunks_exact_mut(S::LANES);
                 for x in &mut chunks {
                     s.store(inverse.times(s, s.load(x)), x);

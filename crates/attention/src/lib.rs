@@ -11,6 +11,7 @@ pub mod cache;
 mod cascade;
 mod check;
 mod error;
+mod factor;
 mod few_ahead;
 mod few_rows;
 mod few_scores;

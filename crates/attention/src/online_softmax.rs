@@ -1,4 +1,4 @@
-//! The one softmax update and the end of a row.
+//! The one softmax update, and the log-sum-exp of a row.
 //!
 //! Per query the state is the largest score so far m and the sum l of exponentials relative to it. A block of scores s_j, of
 //! which c makes log2 units, with maximum b changes it by
@@ -106,38 +106,6 @@ fn weigh<S: Simd>(
     let p = power.of(s, s.sub(s.load(at), reference));
     s.store(p, at);
     p
-}
-
-/// 1 / l, or 0 for a query that has seen nothing: the factor that ends a row. In two parts, the second what rounding took
-/// off the first, so that o / l is rounded once, without a division per output.
-#[derive(Clone, Copy)]
-pub(crate) struct InverseSum<F> {
-    high: F,
-    low: F,
-}
-
-impl<F: Copy> InverseSum<F> {
-    /// That of a query that has seen nothing.
-    #[inline(always)]
-    pub(crate) fn nothing<S: Simd<F32 = F>>(s: S) -> Self {
-        Self { high: s.zero(), low: s.zero() }
-    }
-
-    #[inline(always)]
-    pub(crate) fn of<S: Simd<F32 = F>>(s: S, sum: F) -> Self {
-        let one = s.splat(1.0);
-        let nothing = s.eq(sum, s.zero());
-        let high = s.div(one, sum);
-        let low = s.mul(high, s.mul_add(s.sub(s.zero(), high), sum, one));
-        Self { high: s.select(nothing, s.zero(), high), low: s.select(nothing, s.zero(), low) }
-    }
-
-    #[inline(always)]
-    pub(crate) fn times<S: Simd<F32 = F>>(self, s: S, x: F) -> F {
-        // An infinite x is infinite over its sum: times `low`, of either sign, it must stay finite.
-        let finite = s.max(s.splat(f32::MIN), s.min(s.splat(f32::MAX), x));
-        s.mul_add(x, self.high, s.mul(finite, self.low))
-    }
 }
 
 /// The log-sum-exp from the state; `natural` makes natural units of a score. Finite where the maximum is.

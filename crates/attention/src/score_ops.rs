@@ -89,12 +89,8 @@ impl<S: Simd, const NV: usize> StripLanes<S, NV> {
                 slopes[lane] = -all[first + head] * unit;
             }
         }
-        let mut ahead = rows.lanes_ahead::<S, NV>(s);
-        // Lanes without a row are as the last: a rule may look something up by its query.
-        let last = s.splat((rows.query(rows.count - 1) - rows.query(0)) as f32);
-        for ahead in &mut ahead {
-            *ahead = s.min(*ahead, last);
-        }
+        // Of lanes without a row heads and queries are the last one's: a rule may look something up by them.
+        let ahead = rows.lanes_ahead::<S, NV>(s);
         let mut queries = ahead;
         for query in &mut queries {
             *query = s.add(*query, s.splat(rows.query(0) as f32));

@@ -4,6 +4,7 @@ use core::ops::Range;
 
 use qkv_simd::Simd;
 
+use crate::factor::Factor;
 use crate::interval::Segment;
 use crate::prefill::Worker;
 use crate::rule::{RuleRows, ScoreRule};
@@ -69,15 +70,16 @@ impl StripRows {
         [self.segment.batch, self.head(lane), self.segment.first_query + self.query(lane)]
     }
 
-    /// How far each lane's query is ahead of the first lane's: one more after every `group` lanes.
+    /// How far each lane's query is ahead of the first lane's: one more after every `group` lanes. Lanes without a row are as the
+    /// last.
     #[inline(always)]
     pub(crate) fn lanes_ahead<S: Simd, const NV: usize>(&self, s: S) -> [S::F32; NV] {
         let mut ahead = [0.0; MAX_NR];
         let (mut head, mut query) = (if self.group == 1 { 0 } else { self.first % self.group }, 0.0);
-        for ahead in &mut ahead[..NV * S::LANES] {
+        for (lane, ahead) in ahead[..NV * S::LANES].iter_mut().enumerate() {
             *ahead = query;
             head += 1;
-            if head == self.group {
+            if head == self.group && lane + 1 < self.count {
                 (head, query) = (0, query + 1.0);
             }
         }
@@ -160,15 +162,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             }
         }
 
-        // The scale in two parts, the second what rounding took off the first: q x scale is then rounded once.
-        let scale = self.call.units.query_scale;
-        let high = scale as f32;
-        let low = (scale - f64::from(high)) as f32;
+        let scale = Factor::splat(s, self.call.units.query_scale);
         for q in packed.chunks_exact_mut(S::LANES) {
-            let x = s.load(q);
-            // An infinite x is infinite times the scale: times `low`, of either sign or 0, it must stay finite.
-            let finite = s.max(s.splat(f32::MIN), s.min(s.splat(f32::MAX), x));
-            s.store(s.mul_add(x, s.splat(high), s.mul(finite, s.splat(low))), q);
+            s.store(scale.times(s, s.load(q)), q);
         }
     }
 }

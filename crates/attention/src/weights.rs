@@ -10,10 +10,11 @@ use qkv_simd::math::ScaledExp2;
 use qkv_simd::{Isa, Simd, SimdOp};
 
 use crate::check::{MAX_LENGTH, check_inputs};
+use crate::factor::Factor;
 use crate::fold::BlockScores;
 use crate::forward::batches;
 use crate::kv_rows::KvRows;
-use crate::online_softmax::{InverseSum, reference};
+use crate::online_softmax::reference;
 use crate::plan::{Plan, Task};
 use crate::prefill::{Call, Prefill, Worker};
 use crate::rule::{NoRule, ScoreRule};
@@ -142,7 +143,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             for at in (0..Self::NR).step_by(S::LANES) {
                 let score = s.sub(s.load(&weights[at..]), reference(s, s.load(&max[at..])));
                 let weight = ScaledExp2::new(s, self.call.units.to_log2).of(s, score);
-                let inverse = InverseSum::of(s, s.load(&sum[at..]));
+                let inverse = Factor::inverse_sum(s, s.load(&sum[at..]));
                 s.store(inverse.times(s, weight), &mut weights[at..]);
             }
             for (lane, &weight) in weights.iter().enumerate().take(rows.count) {
