@@ -29,8 +29,8 @@ impl<T: Element, const R: usize, const DV: usize> SimdOp for SumsOf<'_, '_, T, R
         let sums = self.0;
         let (dim, step, keys) = (sums.values.dim, DV * S::LANES, sums.keys);
         let mut cursor = RunCursor::new(sums.values.runs);
-        // At most a run, which is what passes ask for.
-        let chunk = PASS_KEYS.min(RowRun::most(dim * size_of::<T>()));
+        // At most a run, which is what passes ask for: of f32, so that a second look at values that are widened adds up alike.
+        let chunk = PASS_KEYS.min(RowRun::most(dim * size_of::<f32>()));
         let mut first = 0;
         while first < keys {
             let end = keys.min((sums.first_key + first) / chunk * chunk + chunk - sums.first_key);

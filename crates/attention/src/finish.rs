@@ -71,8 +71,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         if call.lse.is_some() || call.maxima.is_some() {
             let (max, sum) = self.scratch.state[strip * 2 * Self::NR..][..2 * Self::NR].split_at(Self::NR);
             for lane in 0..rows.count {
-                let lse = online_softmax::lse(max[lane], sum[lane].into(), call.units.natural);
-                call.store_state(&rows, lane, lse, max[lane]);
+                call.store_state(&rows, lane, max[lane], sum[lane].into());
             }
         }
     }
@@ -184,7 +183,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
                 }
             }
             call.store_row(&rows, lane, &self.scratch.rows[..dv]);
-            call.store_state(&rows, lane, online_softmax::lse(max, sum, call.units.natural), max);
+            call.store_state(&rows, lane, max, sum);
         }
     }
 }
@@ -197,17 +196,24 @@ impl<R> Call<'_, R> {
         unsafe { self.out.store_row(rows.place(lane), from) };
     }
 
-    /// Stores a row's LSE and its maximum, the latter in the units of scores, where they are asked for.
+    /// Stores a row's LSE and its maximum, in natural units, where they are asked for. A sink that is all that counts is both, as it
+    /// was given.
     #[inline(always)]
-    fn store_state(&self, rows: &StripRows, lane: usize, lse: f32, max: f32) {
+    fn store_state(&self, rows: &StripRows, lane: usize, max: f32, sum: f64) {
         let [batch, head, position] = rows.place(lane);
+        let sink = self.spec.sinks.map(|sinks| sinks[head]).filter(|sink| sink * self.units.unit == max);
+        let natural = sink.unwrap_or((f64::from(max) * self.units.natural) as f32);
+        let lse = match sink {
+            Some(sink) if sum == 1.0 => sink,
+            _ => online_softmax::lse(max, sum, self.units.natural),
+        };
         // SAFETY: the rows, of one value each, exist and belong to this task alone.
         unsafe {
             if let Some(to) = &self.lse {
                 *to.row_ptr(batch, head, position) = lse;
             }
             if let Some(to) = &self.maxima {
-                *to.row_ptr(batch, head, position) = (f64::from(max) * self.units.natural) as f32;
+                *to.row_ptr(batch, head, position) = natural;
             }
         }
     }

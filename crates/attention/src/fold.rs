@@ -9,7 +9,7 @@ use qkv_simd::Simd;
 use crate::block_rows::BlockRows;
 use crate::few_rows::{FewScores, FewSums, RowList};
 use crate::interval::{self, Ends, Visible};
-use crate::online_softmax::{self, SUM_CHAINS};
+use crate::online_softmax::{self, SUM_CHAINS, ScoreVectors};
 use crate::packed_scores::{self, fold_keys, packed_stride, repeat_first_key};
 use crate::panels::{self, BiasPanel, Bits, WORD};
 use crate::prefill::Worker;
@@ -58,15 +58,8 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
             s.store(repeat_first_key(s, s.load(max), stride), max);
             s.store(repeat_first_key(s, s.load(sum), stride), sum);
         }
-        let state = (max, sum);
-        // Of few rows as many chains as a key has values: each holds every such vector, and each of its lanes every LANES-th key.
-        let alpha = match if FEW { stride } else { 0 } {
-            0 => online_softmax::update::<S, NV, SUM_CHAINS, false>(s, state, block_max, scores, to_log2),
-            1 => online_softmax::update::<S, NV, 1, true>(s, state, block_max, scores, to_log2),
-            2 => online_softmax::update::<S, NV, 2, true>(s, state, block_max, scores, to_log2),
-            4 => online_softmax::update::<S, NV, 4, true>(s, state, block_max, scores, to_log2),
-            _ => online_softmax::update::<S, NV, 8, true>(s, state, block_max, scores, to_log2),
-        };
+        let kind = if FEW { ScoreVectors::Packed(stride) } else { ScoreVectors::OfKeys };
+        let alpha = online_softmax::update(s, (max, sum), block_max, (scores, kind), to_log2);
 
         let values = match &seen {
             Some(_) => {
@@ -121,7 +114,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         }
         let vectors = Vectors::new::<S, NV>(spec, &rows, &visible, &keys);
         let (max, bias_masks, stride) = self.scores(&rows, &keys, &runs, (&visible, &vectors), (strip, bits));
-        let anywhere = bits == Bits::Some || bias_masks || R::ACTIVE || runs.as_slice().len() > 1;
+        // A gap between runs, or before the first, where the grid begins.
+        let gaps = runs.as_slice().len() > 1 || runs.hull().start > 0;
+        let anywhere = bits == Bits::Some || bias_masks || R::ACTIVE || gaps;
         Some(BlockScores { keys, visible, vectors, max, anywhere, stride })
     }
 

@@ -18,8 +18,11 @@
 //! large the scores are (c s - c m would be off by half an ULP of c m, hundreds of octaves for scores of 1e10), and c s cannot
 //! overflow.
 
+use core::ops::Range;
+
 use qkv_simd::{Simd, math::ScaledExp2};
 
+use crate::few_rows::MOST_ROWS;
 use crate::packed_scores::fold_keys;
 
 /// Sums of p_j are kept in this many accumulators by key where tiles compute the scores, so that they do not wait for each other. Also
@@ -27,22 +30,39 @@ use crate::packed_scores::fold_keys;
 /// neighbours.
 pub(crate) const SUM_CHAINS: usize = 2;
 
+/// What a vector of scores is.
+#[derive(Clone, Copy)]
+pub(crate) enum ScoreVectors {
+    /// A key's, a query per lane.
+    OfKeys,
+    /// Of so many values of one key after those of another, a power of two: packed_scores.rs.
+    Packed(usize),
+}
+
+impl ScoreVectors {
+    /// Chains in which weights are added up. With packed keys as many as a key has values: a chain has every such vector, and each of
+    /// its lanes every LANES-th key, so that a row's sum does not depend on how many rows there are.
+    #[inline(always)]
+    fn chains(self) -> usize {
+        match self {
+            Self::OfKeys => SUM_CHAINS,
+            Self::Packed(stride) => stride,
+        }
+    }
+}
+
 /// Folds a block of scores into the state and turns them into weights.
 ///
 /// `max` and `sum` hold m and l of `NV` vectors of queries, `block_max` the largest scores of the block; `scores` are
-/// rows of keys, `NV * LANES` values each, overwritten by p_j; `to_log2` is c. Returns alpha.
-///
-/// The p_j are added up in `CHAINS`, a power of two, and these by halves. `PACKED`: a vector is several keys of `CHAINS` rows
-/// (packed_scores.rs); by halves these are then added up as well, so that a row's sum does not depend on how many there are.
+/// rows of `NV` vectors, overwritten by p_j; `to_log2` is c. Returns alpha.
 #[inline(always)]
-pub(crate) fn update<S: Simd, const NV: usize, const CHAINS: usize, const PACKED: bool>(
+pub(crate) fn update<S: Simd, const NV: usize>(
     s: S,
     (max, sum): (&mut [f32], &mut [f32]),
     block_max: [S::F32; NV],
-    scores: &mut [f32],
+    (scores, vectors): (&mut [f32], ScoreVectors),
     to_log2: f32,
 ) -> [S::F32; NV] {
-    let nr = NV * S::LANES;
     let mut alpha = [s.zero(); NV];
     let mut references = [s.zero(); NV];
     let power = ScaledExp2::new(s, to_log2);
@@ -55,37 +75,61 @@ pub(crate) fn update<S: Simd, const NV: usize, const CHAINS: usize, const PACKED
     }
 
     // One vector of queries after the other: with the constants of the exponential, two at a time do not fit 16 registers.
-    let mut sums = [[s.zero(); CHAINS]; NV];
-    for (v, sums) in sums.iter_mut().enumerate() {
+    let mut totals = [s.zero(); NV];
+    for (v, total) in totals.iter_mut().enumerate() {
         let exponent = (v * S::LANES, power, references[v]);
-        let mut chunks = scores.chunks_exact_mut(CHAINS * nr);
-        for chunk in &mut chunks {
-            for (chain, sum) in sums.iter_mut().enumerate() {
-                *sum = s.add(*sum, weigh(s, &mut chunk[chain * nr..][..nr], exponent));
+        let chains = vectors.chains();
+        let mut sums = [s.zero(); MOST_ROWS];
+        if chains == 1 {
+            [sums[0]] = weigh_chains::<S, NV, 1>(s, scores, 0..chains, exponent);
+        } else {
+            // Nor more chains than these.
+            for first in (0..chains).step_by(SUM_CHAINS) {
+                let both = weigh_chains::<S, NV, SUM_CHAINS>(s, scores, first..chains, exponent);
+                sums[first..first + SUM_CHAINS].copy_from_slice(&both);
             }
         }
-        for (chain, row) in chunks.into_remainder().chunks_exact_mut(nr).enumerate() {
-            sums[chain] = s.add(sums[chain], weigh(s, row, exponent));
+        let mut halves = chains;
+        while halves > 1 {
+            halves /= 2;
+            for chain in 0..halves {
+                sums[chain] = s.add(sums[chain], sums[chain + halves]);
+            }
         }
+        *total = match vectors {
+            ScoreVectors::OfKeys => sums[0],
+            ScoreVectors::Packed(stride) => fold_keys(s, sums[0], stride, |x, y| s.add(x, y)),
+        };
     }
 
     for v in 0..NV {
-        let sums = &mut sums[v];
-        let mut chains = CHAINS;
-        while chains > 1 {
-            chains /= 2;
-            for chain in 0..chains {
-                sums[chain] = s.add(sums[chain], sums[chain + chains]);
-            }
-        }
-        let mut total = sums[0];
-        if PACKED {
-            total = fold_keys(s, total, CHAINS, |x, y| s.add(x, y));
-        }
         let old = s.load(&sum[v * S::LANES..]);
-        s.store(s.mul_add(old, alpha[v], total), &mut sum[v * S::LANES..]);
+        s.store(s.mul_add(old, alpha[v], totals[v]), &mut sum[v * S::LANES..]);
     }
     alpha
+}
+
+/// Turns the scores of `N` chains into weights, from the first of `chains` to the last of all; returns their sums.
+#[inline(always)]
+fn weigh_chains<S: Simd, const NV: usize, const N: usize>(
+    s: S,
+    scores: &mut [f32],
+    chains: Range<usize>,
+    exponent: (usize, ScaledExp2<S::F32>, S::F32),
+) -> [S::F32; N] {
+    let nr = NV * S::LANES;
+    let mut sums = [s.zero(); N];
+    let mut chunks = scores.chunks_exact_mut(chains.end * nr);
+    for chunk in &mut chunks {
+        for (chain, sum) in sums.iter_mut().enumerate() {
+            *sum = s.add(*sum, weigh(s, &mut chunk[(chains.start + chain) * nr..][..nr], exponent));
+        }
+    }
+    let rest = chunks.into_remainder().chunks_exact_mut(nr).skip(chains.start);
+    for (sum, row) in sums.iter_mut().zip(rest) {
+        *sum = s.add(*sum, weigh(s, row, exponent));
+    }
+    sums
 }
 
 /// What a row's exponents are taken relative to: its maximum, 0 where it has seen nothing, NaN where it is +infinity.

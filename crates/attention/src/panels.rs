@@ -117,9 +117,9 @@ fn fill_mask_bits<S: Simd>(
         let lanes = &mut words[lane..];
         // The usual block is four words: no loop, and its loads side by side.
         if count == 4 {
-            // SAFETY: the mask has these 128 keys of the query, side by side; a bool is one byte, 0 or 1.
+            // SAFETY: the mask has these 128 keys of the query, side by side; a bool is one byte.
             let (first, last) = unsafe {
-                (s.lowest_bits_64(row.cast()), s.lowest_bits_64(row.wrapping_add(2 * WORD).cast()))
+                (s.nonzero_bytes_64(row.cast()), s.nonzero_bytes_64(row.wrapping_add(2 * WORD).cast()))
             };
             (any, all) = (any | first | last, all & first & last);
             let lanes = &mut lanes[..3 * nr + 1];
@@ -131,7 +131,7 @@ fn fill_mask_bits<S: Simd>(
         }
         for w in 0..count {
             // SAFETY: as above.
-            let word = unsafe { s.lowest_bits(row.wrapping_add(w * WORD).cast()) };
+            let word = unsafe { s.nonzero_bytes(row.wrapping_add(w * WORD).cast()) };
             any |= u64::from(word);
             all &= u64::from(word) | u64::from(word) << WORD;
             lanes[w * nr] = f32::from_bits(word);
@@ -169,15 +169,15 @@ fn is_rowless(spec: &AttentionSpec<'_>) -> bool {
 #[inline(always)]
 unsafe fn mask_word<S: Simd>(s: S, first: *const bool, stride: isize, count: usize) -> u32 {
     if stride == 1 && count == WORD {
-        // SAFETY: 32 values lie from `first` on; a bool is one byte, 0 or 1.
-        return unsafe { s.lowest_bits(first.cast()) };
+        // SAFETY: 32 values lie from `first` on; a bool is one byte.
+        return unsafe { s.nonzero_bytes(first.cast()) };
     }
     let mut word = 0;
     for bit in 0..count {
-        // As a byte, of which the lowest bit counts, as above: a mask from another language may hold what no bool may.
+        // As a byte, as above: a mask from another language may hold what no bool may, and all but 0 is true there.
         // SAFETY: `bit` is below `count`.
         let byte = unsafe { *first.offset(bit as isize * stride).cast::<u8>() };
-        word |= u32::from(byte & 1) << bit;
+        word |= u32::from(byte != 0) << bit;
     }
     word
 }

@@ -532,7 +532,8 @@ impl<'a, T> Broadcast<'a, T> {
     /// Where the numbers overflow.
     ///
     /// # Safety
-    /// Every element must be valid for reads during `'a`, and not be written in that time.
+    /// Every element must be valid for reads during `'a`, and not be written in that time. The booleans of a mask may be any bytes
+    /// for a computation, to which all but 0 are true; for [`Self::get`] they must be 0 or 1.
     pub unsafe fn from_raw_parts(
         ptr: *const T,
         shape: [usize; 4],

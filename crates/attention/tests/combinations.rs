@@ -3,8 +3,9 @@
 mod common;
 
 use common::problem::{Options, Problem, problems};
+use common::random;
 use proptest::prelude::*;
-use qkv_attention::Causal;
+use qkv_attention::{AttentionSpec, Causal, Outputs, Tensor, attention_into};
 
 fn none() -> Options {
     Options {
@@ -98,6 +99,22 @@ fn lengths_padding_prefixes_documents() {
         sweep(Options { causal, documents: true, ..none() });
         if causal.is_some() {
             sweep(Options { causal, prefix: true, ..none() });
+        }
+    }
+}
+
+#[test]
+fn a_sink_alone_is_the_log_sum_exp() {
+    let sinks: Vec<f32> = (0..12).map(|head| head as f32 * 0.77 - 3.0).collect();
+    for (rows, keys) in [(1, 0), (1, 40), (20, 40), (3, 3000), (40, 3000)] {
+        let (q, k) = (random([1, 12, rows, 17], 1), random([1, 4, keys, 17], 2));
+        let spec = AttentionSpec::new().with_sinks(&sinks).with_key_lengths(&[0]);
+        let (mut out, mut lse, mut maxima) =
+            (Tensor::zeros(q.shape()).unwrap(), vec![1.0; 12 * rows], vec![1.0; 12 * rows]);
+        let outputs = Outputs::new(out.view_mut()).with_lse(&mut lse).with_maxima(&mut maxima);
+        attention_into(q.view(), k.view(), k.view(), &spec, outputs).unwrap();
+        for (i, (lse, max)) in lse.iter().zip(&maxima).enumerate() {
+            assert_eq!((*lse, *max), (sinks[i / rows], sinks[i / rows]), "{rows} rows, {keys} keys");
         }
     }
 }

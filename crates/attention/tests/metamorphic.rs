@@ -3,6 +3,7 @@
 mod common;
 
 use common::random as tensor;
+use half::bf16;
 use qkv_attention::merge::{Part, merge};
 use qkv_attention::{
     AttentionSpec, Bias, BlockMask, Broadcast, Causal, Outputs, Packed, Selection, Tensor, TensorRef, Window,
@@ -195,13 +196,13 @@ fn a_dense_mask_is_what_it_describes_bit_for_bit() {
 
 #[test]
 fn nan_and_infinity_behind_any_mask_change_nothing() {
-    // Tiles, and rows that are few.
-    for rows in [70, 3] {
+    // Tiles, and rows that are few; the first keys too, and nothing else in their block.
+    for (rows, first, later) in [(70, 0, true), (3, 0, true), (70, 7, false), (3, 1, false), (1, 5, true)] {
         let (q, k, v) = qkv(4, 2, rows, 200);
-        let hidden = |j: usize| j % 50 == 30 || (100..110).contains(&j);
+        let hidden = |j: usize| j < first || later && (j % 50 == 30 || (100..110).contains(&j));
         let mask: Vec<bool> = (0..200).map(|j| !hidden(j)).collect();
         let bias: Vec<f32> = mask.iter().map(|&sees| if sees { 0.5 } else { f32::NEG_INFINITY }).collect();
-        let half: Vec<u16> = bias.iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect();
+        let half: Vec<u16> = bias.iter().map(|&x| bf16::from_f32(x).to_bits()).collect();
         let table = BlockMask::from_fn([1, 1, rows, 200], [1, 1], |[_, _, _, j]| !hidden(j)).unwrap();
         let shape = [1, 1, 1, 200];
         let plain = AttentionSpec::new();
@@ -237,6 +238,53 @@ fn nan_and_infinity_behind_any_mask_change_nothing() {
     }
 }
 
+#[test]
+fn nan_behind_a_mask_moves_no_bit_of_narrow_values() {
+    let seen = Broadcast::from_slice(&SEEN, [1, 1, 1, 57]).unwrap();
+    let spec = AttentionSpec::new().with_mask(seen);
+    for (rows, dim) in [(1, 40), (1, 192), (4, 255), (8, 320), (20, 192)] {
+        let (q, k, v) = (tensor([1, 1, rows, 80], 1), tensor([1, 1, 57, 80], 2), tensor([1, 1, 57, dim], 3));
+        let run = |poison: Option<f32>| {
+            let mut values: Vec<bf16> = v.data().iter().map(|&x| bf16::from_f32(x)).collect();
+            if let Some(poison) = poison {
+                values[56 * dim + 3] = bf16::from_f32(poison);
+            }
+            let values = TensorRef::from_slice(&values, [1, 1, 57, dim]).unwrap();
+            bits(attention(q.view(), k.view(), values, &spec).unwrap().data())
+        };
+        assert_eq!(run(Some(f32::NAN)), run(None), "{rows} rows, {dim} dims");
+    }
+}
+
+/// All but the last.
+const SEEN: [bool; 57] = {
+    let mut seen = [true; 57];
+    seen[56] = false;
+    seen
+};
+
+#[test]
+fn all_bytes_but_zero_of_a_mask_from_elsewhere_take_part() {
+    let bytes: Vec<u8> = (0..70 * 301).map(|i| [0, 1, 2, 0, 128, 255, 254][i * i % 7]).collect();
+    let mask: Vec<bool> = bytes.iter().map(|&byte| byte != 0).collect();
+    for rows in [1, 70] {
+        let (q, k, v) = qkv(4, 2, rows, 301);
+        for strides in [[0, 0, 301, 1], [0, 0, 1, 70]] {
+            let shape = [1, 1, rows, 301];
+            // SAFETY: 70 x 301 bytes, of which all are looked at as such.
+            let given = unsafe { Broadcast::from_raw_parts(bytes.as_ptr().cast::<bool>(), shape, strides) };
+            let spec = AttentionSpec::new().with_mask(given.unwrap());
+            let expected = AttentionSpec::new()
+                .with_mask(Broadcast::from_slice_strided(&mask, 0, shape, strides).unwrap());
+            assert_eq!(
+                everything(&q, &k, &v, &spec),
+                everything(&q, &k, &v, &expected),
+                "{rows} {strides:?}"
+            );
+        }
+    }
+}
+
 /// The bits of outputs, LSE, maxima and some weights.
 fn everything(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec<'_>) -> [Vec<u32>; 4] {
     let [batch, heads, rows, _] = q.shape();
@@ -244,7 +292,7 @@ fn everything(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec<'_>) -> [
     let (mut lse, mut maxima) = (vec![0.0; batch * heads * rows], vec![0.0; batch * heads * rows]);
     let outputs = Outputs::new(out.view_mut()).with_lse(&mut lse).with_maxima(&mut maxima);
     attention_into(q.view(), k.view(), v.view(), spec, outputs).unwrap();
-    let selection = Selection { batch: 1, heads: 1..3, rows: 1..rows };
+    let selection = Selection { batch: 1, heads: 1..3, rows: rows / 2..rows };
     let weights = attention_weights(q.view(), k.view(), spec, selection).unwrap();
     [bits(out.data()), bits(&lse), bits(&maxima), bits(weights.data())]
 }

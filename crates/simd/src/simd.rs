@@ -134,30 +134,33 @@ pub trait Simd: sealed::Sealed + Copy + Send + Sync + Debug + 'static {
     /// One bit per lane, lane 0 the lowest.
     fn bits(self, mask: Self::Mask) -> u32;
 
-    /// The lowest bit of each of 32 bytes, the first byte's lowest: booleans as a bit set.
+    /// Which of 32 bytes are not 0, the first byte's bit lowest: booleans as a bit set.
     ///
     /// # Safety
     /// `p` must be valid for reads of 32 bytes.
     #[inline(always)]
-    unsafe fn lowest_bits(self, p: *const u8) -> u32 {
+    unsafe fn nonzero_bytes(self, p: *const u8) -> u32 {
         let mut word = 0;
         for byte in 0..4 {
             // SAFETY: the caller vouches for 32 bytes.
             let eight = u64::from_le_bytes(unsafe { p.add(8 * byte).cast::<[u8; 8]>().read() });
+            // Each byte's highest bit: set if the others, which carry into it, or itself are not 0.
+            let low = 0x7F7F_7F7F_7F7F_7F7F;
+            let set = (((eight & low) + low) | eight) & !low;
             // The multiplication gathers the lowest bit of each byte in the topmost byte, in order.
-            let gathered = (eight & 0x0101_0101_0101_0101).wrapping_mul(0x0102_0408_1020_4080) >> 56;
+            let gathered = (set >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56;
             word |= (gathered as u32) << (8 * byte);
         }
         word
     }
-    /// [`Self::lowest_bits`] of 64 bytes.
+    /// [`Self::nonzero_bytes`] of 64 bytes.
     ///
     /// # Safety
     /// 64 bytes must be readable from `p` on.
     #[inline(always)]
-    unsafe fn lowest_bits_64(self, p: *const u8) -> u64 {
+    unsafe fn nonzero_bytes_64(self, p: *const u8) -> u64 {
         // SAFETY: the caller vouches for 64 bytes.
-        let [low, high] = unsafe { [self.lowest_bits(p), self.lowest_bits(p.add(32))] };
+        let [low, high] = unsafe { [self.nonzero_bytes(p), self.nonzero_bytes(p.add(32))] };
         u64::from(low) | u64::from(high) << 32
     }
 

@@ -133,12 +133,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn lowest_bits(self, p: *const u8) -> u32 {
+    unsafe fn nonzero_bytes(self, p: *const u8) -> u32 {
         // SAFETY: the caller vouches for 32 bytes.
         unsafe {
             let bytes = _mm256_loadu_si256(p.cast());
-            // Each byte's lowest bit into its highest; what the shift carries from one byte to the next stays below.
-            _mm256_movemask_epi8(_mm256_slli_epi16::<7>(bytes)).cast_unsigned()
+            !_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256())).cast_unsigned()
         }
     }
 

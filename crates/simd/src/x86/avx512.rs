@@ -167,16 +167,16 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn lowest_bits(self, p: *const u8) -> u32 {
+    unsafe fn nonzero_bytes(self, p: *const u8) -> u32 {
         // SAFETY: the caller vouches for 32 bytes.
         let bytes = unsafe { _mm256_loadu_si256(p.cast()) };
-        register_op!(_mm256_test_epi8_mask(bytes, _mm256_set1_epi8(1)))
+        register_op!(_mm256_test_epi8_mask(bytes, bytes))
     }
     #[inline(always)]
-    unsafe fn lowest_bits_64(self, p: *const u8) -> u64 {
+    unsafe fn nonzero_bytes_64(self, p: *const u8) -> u64 {
         // SAFETY: the caller vouches for 64 bytes.
         let bytes = unsafe { _mm512_loadu_si512(p.cast()) };
-        register_op!(_mm512_test_epi8_mask(bytes, _mm512_set1_epi8(1)))
+        register_op!(_mm512_test_epi8_mask(bytes, bytes))
     }
 
     #[inline(always)]
