@@ -37,8 +37,7 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         };
         let hides = anywhere || !visible.is_whole(&keys);
         if FEW {
-            // Values that are looked at one by one have to be f32.
-            self.bring_in_values(self.careful && hides);
+            self.bring_in_values(false);
         }
         self.hides |= u64::from(hides) << strip;
         let seen =
@@ -159,7 +158,9 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         let scores = &mut self.scratch.scores[..keys.len() * Self::NR];
         if let Some(few) = few {
             let plain = !needs_pass && tile_ops.is_empty();
-            let packs = plain && runs.as_slice().len() == 1 && call.weights.is_none();
+            // Scores of a block with gaps may be looked at one by one (hidden.rs).
+            let whole = runs.as_slice().len() == 1 && runs.hull().start == 0;
+            let packs = plain && whole && call.weights.is_none();
             let stride = if packs { packed_stride::<S>(rows.count) } else { S::LANES };
             fill_gaps(scores, runs.as_slice(), stride);
             let wanted = runs.as_slice();

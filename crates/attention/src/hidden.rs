@@ -61,11 +61,28 @@ impl<S: Simd, R: ScoreRule, const MR: usize, const NV: usize, const FEW: bool>
         s.bits(s.eq(sum, s.zero())) != (1 << S::LANES) - 1
     }
 
-    /// Whether a value of `keys`, of the block that is brought in, is NaN or infinite.
+    /// Whether a value of `keys`, of the block that is brought in, is NaN or infinite. Then all are brought in as f32, to be looked at
+    /// one by one; else what few rows have done with them is done again, to the bit.
     #[cold]
     #[inline(never)]
-    pub(crate) fn any_not_finite(&self, keys: &Range<usize>) -> bool {
-        keys.clone().any(|key| self.value_row(key).iter().any(|x| !x.is_finite()))
+    pub(crate) fn any_not_finite(&mut self, keys: &Range<usize>) -> bool {
+        let mut found = false;
+        if FEW {
+            let (s, segment, head) = (self.s, &self.task.segment, self.task.kv_head);
+            let row = &mut self.scratch.values[..self.call.plan.shape.value_dim];
+            for key in keys.clone() {
+                self.call.v.copy(s, segment, head, &(key..key + 1), row, false);
+                found |= row.iter().any(|x| !x.is_finite());
+            }
+            if found {
+                self.bring_in_values(true);
+            }
+            return found;
+        }
+        for key in keys.clone() {
+            found |= self.value_row(key).iter().any(|x| !x.is_finite());
+        }
+        found
     }
 
     /// Copies the values of `keys` into the scratch with zeros for NaN and infinities, and says who sees which key; to

@@ -46,11 +46,14 @@ pub fn merge<'o>(
     let mut merged = vec![0.0; if rows == 0 { 0 } else { dim }];
     for (row, lse) in lse.iter_mut().enumerate() {
         let (batch, head, i) = (row / length / heads, row / length % heads, row % length);
-        let (weight_a, weight_b, joint) = weights(a.lse[row], b.lse[row]);
+        let seen = [a.lse[row], b.lse[row]];
+        let (weight_a, weight_b, joint) = weights(seen[0], seen[1]);
         *lse = joint;
+        let [nothing_a, nothing_b] = seen.map(|lse| lse == f32::NEG_INFINITY);
         let (from_a, from_b) = (a.out.row(batch, head, i), b.out.row(batch, head, i));
         for (d, value) in merged.iter_mut().enumerate() {
-            *value = match (weight_a == 0.0, weight_b == 0.0) {
+            // Not by weights, which may be 0 of keys that are seen.
+            *value = match (nothing_a, nothing_b) {
                 (true, true) => 0.0,
                 (false, true) => weight_a * from_a[d],
                 (true, false) => weight_b * from_b[d],

@@ -235,8 +235,13 @@ impl Plan {
     }
 
     /// Counts the tasks, and numbers the first of each packed sequence.
-    fn count_tasks(self) -> Self {
-        let mut sequences = self.sequences.clone();
+    fn count_tasks(mut self) -> Self {
+        // Taken out meanwhile: there may be a million of them, not to be had twice.
+        let none = match &self.sequences {
+            Sequences::Batches { .. } => Sequences::Batches { key_lengths: None },
+            Sequences::Packed(_) => Sequences::Packed(Vec::new()),
+        };
+        let mut sequences = core::mem::replace(&mut self.sequences, none);
         let tasks = match &mut sequences {
             Sequences::Batches { .. } => self.shape.batch * self.tasks_of(&self.batch_segment(0, None)),
             Sequences::Packed(all) => {

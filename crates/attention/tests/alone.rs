@@ -192,6 +192,22 @@ fn check(
     }
 }
 
+/// NaN in another row, which has all looked at once more, moves no bit of this one.
+#[test]
+fn beside_a_row_that_is_nan() {
+    let kinds = [Kind::F32, Kind::F16, Kind::Bf16, Kind::Int8 { zeros: false }, Kind::Int8 { zeros: true }];
+    for (kind, dv) in kinds.into_iter().flat_map(|kind| [(kind, 32), (kind, 300)]) {
+        let mut q = random([1, 1, 2, 16], 1);
+        let (k, v) = (Stored::new([1, 1, 64, 16], 2), Stored::new([1, 1, 64, dv], 3));
+        let spec = AttentionSpec::new().with_causal(Causal::BottomRight);
+        let clean = run(q.view().into(), k.data(kind, None), v.data(kind, None), &spec);
+        q.data_mut()[16 + 5] = f32::NAN;
+        let beside = run(q.view().into(), k.data(kind, None), v.data(kind, None), &spec);
+        assert!(clean[0][..dv] == beside[0][..dv] && clean[1][0] == beside[1][0], "{kind:?}, {dv} dims");
+        assert!(beside[0][dv..].iter().all(|&x| f32::from_bits(x).is_nan()), "{kind:?}, {dv} dims");
+    }
+}
+
 const ALL: [usize; WAYS] = [0, 1, 2, 3, 4, 5, 6, 7];
 
 #[test]

@@ -100,6 +100,20 @@ fn merging_nothing_with_nothing_and_garbage_without_weight() {
 }
 
 #[test]
+fn what_is_seen_counts_in_a_merge_though_its_weight_is_zero() {
+    let of = |x: f32| Tensor::from_fn([1, 1, 1, 2], |[_, _, _, d]| if d == 0 { x } else { 1.0 }).unwrap();
+    let (nan, one) = (of(f32::NAN), of(1.0));
+    let mut out = Tensor::zeros([1, 1, 1, 2]).unwrap();
+    for [a, b] in [[(&nan, -300.0), (&one, 300.0)], [(&one, 300.0), (&nan, -300.0)]] {
+        let mut lse = [0.0];
+        let (lse_a, lse_b) = ([a.1], [b.1]);
+        let (a, b) = (Part { out: a.0.view(), lse: &lse_a }, Part { out: b.0.view(), lse: &lse_b });
+        merge(a, b, out.view_mut(), &mut lse).unwrap();
+        assert!(out.data()[0].is_nan() && out.data()[1] == 1.0 && lse == [300.0], "{:?} {lse:?}", out.data());
+    }
+}
+
+#[test]
 fn a_packed_batch_is_each_sequence_alone() {
     let query_ends = [0, 5, 5, 100, 101, 260, 300];
     let key_ends = [0, 7, 20, 150, 150, 420, 450];
@@ -197,7 +211,15 @@ fn a_dense_mask_is_what_it_describes_bit_for_bit() {
 #[test]
 fn nan_and_infinity_behind_any_mask_change_nothing() {
     // Tiles, and rows that are few; the first keys too, and nothing else in their block.
-    for (rows, first, later) in [(70, 0, true), (3, 0, true), (70, 7, false), (3, 1, false), (1, 5, true)] {
+    for (rows, first, later) in [
+        (70, 0, true),
+        (3, 0, true),
+        (70, 7, false),
+        (3, 1, false),
+        (1, 5, true),
+        (1, 13, false),
+        (2, 135, false),
+    ] {
         let (q, k, v) = qkv(4, 2, rows, 200);
         let hidden = |j: usize| j < first || later && (j % 50 == 30 || (100..110).contains(&j));
         let mask: Vec<bool> = (0..200).map(|j| !hidden(j)).collect();
