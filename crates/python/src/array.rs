@@ -2,8 +2,10 @@
 //!
 //! [`Array::input`] and [`Array::output`] take any object: a numpy array, a torch tensor, or anything on the CPU that has
 //! `__dlpack__`. From then on it is a pointer, sizes and strides in values that were checked: nothing overflows, the memory is
-//! aligned, and it stays there as long as the `Array` does. What the caller's other threads write to it meanwhile is the
-//! caller's business, as it is with numpy: results may then be of anything, but nothing outside the memory is touched.
+//! aligned, and it stays there as long as the `Array` does, also where a tensor is given other memory meanwhile. What the
+//! caller's other threads write to it is the caller's business, as it is with numpy: results may then be of anything, but
+//! nothing outside the memory is touched. Memory that another thread takes from under its owner (`storage.resize_(0)` of
+//! torch, `ndarray.resize(refcheck=False)`) is out of reach, as it is for the libraries' own functions.
 //!
 //! Nothing is copied unless it must be: only values that are not aligned here, and rows in `views.rs`.
 
@@ -82,6 +84,8 @@ pub(crate) struct Raw {
     pub(crate) writable: bool,
     /// What keeps the memory, beside the object.
     pub(crate) managed: Option<Managed>,
+    /// The memory of a tensor, which the tensor itself may exchange for another.
+    pub(crate) storage: Option<Py<PyAny>>,
 }
 
 impl Raw {
@@ -91,7 +95,7 @@ impl Raw {
         let size = dtype.map_or(1, DType::size) as isize;
         let in_bytes = |stride: isize| stride.checked_mul(size).ok_or_else(|| too_large(name, &shape));
         let byte_strides = strides.into_iter().map(in_bytes).collect::<PyResult<_>>()?;
-        Ok(Self { data, dtype, shape, byte_strides, writable, managed: Some(managed) })
+        Ok(Self { data, dtype, shape, byte_strides, writable, managed: Some(managed), storage: None })
     }
 }
 
@@ -109,6 +113,8 @@ pub(crate) struct Array<'py> {
     pub(crate) data: *mut u8,
     /// A DLPack tensor that keeps the memory, beside the object.
     _managed: Option<Managed>,
+    /// What it keeps is this tensor's memory at the time of the call.
+    _storage: Option<Py<PyAny>>,
     /// The memory itself, where it is a copy.
     pub(crate) copied: Option<Box<dyn Any>>,
 }
@@ -160,6 +166,7 @@ impl<'py> Array<'py> {
                 strides,
                 data: core::ptr::with_exposed_provenance_mut(address),
                 _managed: None,
+                _storage: None,
                 copied: None,
             }),
             _ => Self::output(name, &object),
@@ -219,6 +226,7 @@ impl<'py> Array<'py> {
                 .collect(),
             shape: raw.shape,
             _managed: raw.managed,
+            _storage: raw.storage,
             copied: None,
         };
         if !aligned {
@@ -283,13 +291,14 @@ impl<'py> Array<'py> {
         if expected.contains(&self.dtype) {
             return Ok(());
         }
-        let (last, others) =
-            expected.split_last().map_or(("", &[][..]), |(last, others)| (last.name(), others));
-        let mut names = others.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(", ");
-        if !names.is_empty() {
-            names += " or ";
-        }
-        Err(bad_type(self.name, format!("an array of {}", self.dtype.name()), names + last))
+        let mut names: Vec<&str> = expected.iter().map(|dtype| dtype.name()).collect();
+        // "q's type or float32" may be one type.
+        names.dedup();
+        let names = match names.split_last() {
+            Some((last, others)) if !others.is_empty() => format!("{} or {last}", others.join(", ")),
+            _ => names.concat(),
+        };
+        Err(bad_type(self.name, format!("an array of {}", self.dtype.name()), names))
     }
 
     /// Refuses another number of axes; `axes` says what they are.
@@ -340,8 +349,9 @@ fn raw(name: &'static str, object: &Bound<'_, PyAny>, written: bool) -> PyResult
         return Ok((torch.read(name, object, written)?, Library::Torch));
     }
     let export = intern!(py, "__dlpack__");
+    let failed = |error| torch_tensor::not_exported(py, name, error);
     // Classes have the method too, without an array.
-    if object.is_instance_of::<pyo3::types::PyType>() || !object.hasattr(export)? {
+    if object.is_instance_of::<pyo3::types::PyType>() || !object.hasattr(export).map_err(failed)? {
         let given = object.get_type().name()?.to_string();
         return Err(bad_type(
             name,
@@ -349,9 +359,8 @@ fn raw(name: &'static str, object: &Bound<'_, PyAny>, written: bool) -> PyResult
             "an array (numpy, torch, or another one on the CPU that has __dlpack__)",
         ));
     }
-    let failed = |error| torch_tensor::not_exported(py, name, error);
     let device = intern!(py, "__dlpack_device__");
-    if object.hasattr(device)? {
+    if object.hasattr(device).map_err(failed)? {
         let (kind, index): (i64, i64) =
             object.call_method0(device).and_then(|device| device.extract()).map_err(failed)?;
         if kind != i64::from(dlpack::CPU) {

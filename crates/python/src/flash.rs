@@ -10,7 +10,7 @@ use qkv::{AttentionSpec, Causal, Outputs, Window, attention_into};
 
 use crate::array::{Array, DType};
 use crate::error::{Names, bad_type, bad_value};
-use crate::options::{per_batch_and_head, shown};
+use crate::options::{self, FARTHEST, per_batch_and_head, shown};
 use crate::{attention, pool};
 
 /// Options as they came: softmax_scale, causal, window_size, softcap, alibi_slopes.
@@ -43,15 +43,24 @@ impl Options {
     pub(crate) fn read(asked: &Asked<'_>, sequences: usize, heads: usize) -> PyResult<Self> {
         let Asked(scale, causal, window, softcap, slopes) = asked;
         let scale = scale.as_ref().map(|scale| number("softmax_scale", scale)).transpose()?;
+        let scale = options::finite("softmax_scale", scale)?;
         let softcap = number("softcap", softcap)?;
-        if softcap < 0.0 {
-            return Err(bad_value("softcap", softcap.to_string(), "0 or a positive number"));
-        }
+        // 0 is none; what is 0 as f32 only is not meant to be.
+        let softcap = match options::finite("softcap", Some(softcap))? {
+            Some(cap) if softcap < 0.0 || cap == 0.0 && softcap > 0.0 => {
+                return Err(bad_value(
+                    "softcap",
+                    format!("{softcap:?}"),
+                    "0 or a positive number of float32",
+                ));
+            }
+            cap => cap.filter(|&cap| cap > 0.0),
+        };
         Ok(Self {
             scale,
             causal: flag("causal", causal)?,
             window: window_size(window)?,
-            softcap: (softcap > 0.0).then_some(softcap),
+            softcap,
             slopes: per_batch_and_head("alibi_slopes", slopes.as_ref(), sequences, heads)?,
         })
     }
@@ -118,11 +127,9 @@ pub(crate) fn integer(name: &str, object: &Bound<'_, PyAny>) -> PyResult<i64> {
     })
 }
 
-/// A number that is finite as f32.
-fn number(name: &str, object: &Bound<'_, PyAny>) -> PyResult<f32> {
-    let value = object.extract::<f64>().map_err(|_| bad_type(name, shown(object), "a number"))?;
-    let narrow = value as f32;
-    if narrow.is_finite() { Ok(narrow) } else { Err(bad_value(name, shown(object), "a finite number")) }
+/// A number.
+fn number(name: &str, object: &Bound<'_, PyAny>) -> PyResult<f64> {
+    options::number(name, Some(object))?.ok_or_else(|| bad_type(name, shown(object), "a number"))
 }
 
 /// (left, right); a negative one is unbounded.
@@ -131,9 +138,8 @@ fn window_size(object: &Bound<'_, PyAny>) -> PyResult<Option<Window>> {
     let Ok([left, right]) = sides.as_deref() else {
         return Err(bad_type("window_size", shown(object), "(left, right)"));
     };
-    // Beyond this it makes no difference.
     let side = |side| {
-        integer("window_size", side).map(|side| usize::try_from(side).ok().map(|keys| keys.min(1 << 48)))
+        integer("window_size", side).map(|side| usize::try_from(side).ok().map(|keys| keys.min(FARTHEST)))
     };
     let (left, right) = (side(left)?, side(right)?);
     Ok((left.is_some() || right.is_some()).then(|| Window::new(left, right)))

@@ -19,7 +19,8 @@ use crate::flash::{
     Asked, Options, empty_rows_up, expect_type_of, flag, int32, integer, outputs, settled, tensor,
 };
 use crate::pool;
-use crate::rotary::{Move, Rows, move_rows, refused, table};
+use crate::rotary::{Move, Rows, Tables, distinct, move_rows, refused, row_of};
+use crate::torch_tensor::not_exported;
 use crate::varlen::{Pages, Table};
 
 /// Names of the arguments.
@@ -122,7 +123,7 @@ pub(crate) fn flash_attn_with_kvcache<'py>(
     q = if pages.is_some() { flat(q)? } else { q.swapped(1, 2) };
     let turning = match (cos, sin) {
         (Some(cos), Some(sin)) if new.is_some() => {
-            Some(table(["rotary_cos", "rotary_sin"], [&cos, &sin], dim, interleaved)?)
+            Some(Tables::read(["rotary_cos", "rotary_sin"], [&cos, &sin], dim, interleaved)?)
         }
         (Some(_), Some(_)) => return Err(bad_value("rotary_cos", "given without k", "new keys with it")),
         (None, None) => None,
@@ -139,9 +140,9 @@ pub(crate) fn flash_attn_with_kvcache<'py>(
 
     // A query's position is its key's where they are ordered, else that of the first new key.
     let step = usize::from(options.causal || options.window.is_some());
-    let positions = match &turning {
-        Some(turning) => positions(turning, &before, added, length, step)?,
-        None => Vec::new(),
+    let turning = match &turning {
+        Some(tables) => Some(turning_of(tables, &before, added, length, step)?),
+        None => None,
     };
     let values_beside = if pages.is_some() && wants_lse { batch * length * heads } else { 0 };
     let mut beside: Vec<f32> = reserved("softmax_lse", values_beside)?;
@@ -150,13 +151,18 @@ pub(crate) fn flash_attn_with_kvcache<'py>(
         let (k, v) = (k.swapped(1, 2), v.swapped(1, 2));
         keys.expect_apart_from([&q, &k, &v, &values])?;
         values.expect_apart_from([&q, &k, &v])?;
-        let moves = moves(&before, added, sequences.tables, page_size);
+        let mut moves = moves(&before, added, sequences.tables, page_size);
         expect_distinct(named, &moves)?;
-        append(py, &k, &mut keys, &moves, turning.as_ref())?;
+        if let Some(turning) = &turning {
+            for token in &mut moves {
+                token.position = row_of(&turning.rows, token.position);
+            }
+        }
+        append(py, &k, &mut keys, &moves, turning.as_ref().map(|turning| &turning.table))?;
         append(py, &v, &mut values, &moves, None)?;
     }
-    if let Some(table) = &turning {
-        spec.rotary = Some(QueryRotary { table, positions: &positions });
+    if let Some(Turning { table, queries, .. }) = &turning {
+        spec.rotary = Some(QueryRotary { table, positions: queries });
     }
 
     let longest = after.iter().copied().max().unwrap_or(0) as f64;
@@ -210,23 +216,42 @@ fn which(
     }
 }
 
-/// The position of each query, batch by batch, which with those of the new keys must be in the table.
-fn positions(
-    table: &Rotary,
+/// How new keys and queries are turned.
+#[derive(Debug)]
+struct Turning {
+    /// The positions that they have, ascending.
+    rows: Vec<usize>,
+    /// The rows of the tables for these.
+    table: Rotary,
+    /// Which of them each query has, batch by batch.
+    queries: Vec<usize>,
+}
+
+/// How they are turned from these positions on, all of which must be in the tables.
+fn turning_of(
+    tables: &Tables<'_>,
     before: &[usize],
     added: usize,
     length: usize,
     step: usize,
-) -> PyResult<Vec<usize>> {
+) -> PyResult<Turning> {
     let turned = added.max(if length > 0 { step * (length - 1) + 1 } else { 0 });
     let furthest = if turned > 0 { before.iter().max().map_or(0, |&before| before + turned) } else { 0 };
-    if furthest > table.max_length() {
-        let given = format!("{} positions", table.max_length());
+    if furthest > tables.max_length() {
+        let given = format!("{} positions", tables.max_length());
         return Err(bad_value("rotary_cos", given, format!("{furthest} or more for these lengths")));
     }
-    let mut positions = reserved("q", before.len().saturating_mul(length))?;
-    positions.extend(before.iter().flat_map(|&before| (0..length).map(move |i| before + i * step)));
-    Ok(positions)
+    let mut queries: Vec<usize> = reserved("q", before.len().saturating_mul(length))?;
+    queries.extend(before.iter().flat_map(|&before| (0..length).map(move |i| before + i * step)));
+    let mut used = reserved("k", before.len().saturating_mul(added).saturating_add(queries.len()))?;
+    used.extend(before.iter().flat_map(|&before| before..before + added));
+    used.extend_from_slice(&queries);
+    let rows = distinct(used);
+    let table = tables.rows(&rows)?;
+    for position in &mut queries {
+        *position = row_of(&rows, *position);
+    }
+    Ok(Turning { rows, table, queries })
 }
 
 /// A cache: (batch or pages, length, heads, dim). It is never copied.
@@ -250,7 +275,8 @@ fn lengths(
 ) -> PyResult<Vec<usize>> {
     const NAME: &str = "cache_seqlens";
     let Some(object) = object else { return Ok(vec![capacity; batch]) };
-    let is_number = object.is_instance_of::<PyInt>() || !object.hasattr("__dlpack__")?;
+    let failed = |error| not_exported(object.py(), NAME, error);
+    let is_number = object.is_instance_of::<PyInt>() || !object.hasattr("__dlpack__").map_err(failed)?;
     let given =
         if is_number { vec![integer(NAME, object)?; batch] } else { int32(NAME, object, Some(batch))? };
     let room = capacity.checked_sub(added);

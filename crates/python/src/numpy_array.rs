@@ -36,6 +36,7 @@ pub(crate) fn read(name: &str, array: &Bound<'_, PyUntypedArray>) -> PyResult<Ra
         byte_strides: array.strides().to_vec(),
         writable: flags & NPY_ARRAY_WRITEABLE != 0,
         managed: None,
+        storage: None,
     })
 }
 

@@ -1,11 +1,12 @@
 //! Options of attention from what Python gives: alignments, windows, lists, masks and biases.
 
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyString, PyTuple};
+use pyo3::types::{PyBool, PyInt, PyString, PyTuple};
 use qkv::{Causal, Window};
 
 use crate::array::{Array, DType};
 use crate::error::{bad_type, bad_value};
+use crate::torch_tensor::expect_no_derivative;
 
 /// An object as it prints, cut short.
 pub(crate) fn shown(object: &Bound<'_, PyAny>) -> String {
@@ -27,7 +28,22 @@ pub(crate) fn plain<'a, 'py, T: FromPyObject<'a, 'py>>(
 
 /// A number that may be left out.
 pub(crate) fn number(name: &str, object: Option<&Bound<'_, PyAny>>) -> PyResult<Option<f64>> {
-    object.map(|object| plain(name, object, "a number")).transpose()
+    let Some(object) = object else { return Ok(None) };
+    expect_no_derivative(name, object)?;
+    plain(name, object, "a number").map(Some)
+}
+
+/// The most keys that a window counts. Positions end at 2^48 + 2^48, an offset and a length, so that beyond this a window is as
+/// good as unbounded; and sums with it fit 64 bits.
+pub(crate) const FARTHEST: usize = 1 << 52;
+
+/// Whether an object is a bool, or an array of them: 1 to Python, and not meant where a number is.
+fn is_bool(object: &Bound<'_, PyAny>) -> bool {
+    if object.is_instance_of::<PyInt>() {
+        return object.is_instance_of::<PyBool>();
+    }
+    let dtype = object.getattr("dtype").and_then(|dtype| dtype.str());
+    dtype.is_ok_and(|dtype| matches!(dtype.to_string_lossy().as_ref(), "bool" | "torch.bool"))
 }
 
 /// A flag. Not a number: that would be a slip.
@@ -46,8 +62,7 @@ pub(crate) fn causal(name: &str, object: Option<&Bound<'_, PyAny>>) -> PyResult<
             _ => Err(bad_value(name, shown(object), EXPECTED)),
         };
     }
-    // True is 1 to Python, and not what was meant.
-    if object.is_instance_of::<PyBool>() {
+    if is_bool(object) {
         return Err(bad_type(name, shown(object), EXPECTED));
     }
     match object.extract::<i64>() {
@@ -79,14 +94,13 @@ pub(crate) fn window(name: &str, object: Option<&Bound<'_, PyAny>>) -> PyResult<
         if side.is_none() {
             return Ok(None);
         }
-        if side.is_instance_of::<PyBool>() {
+        if is_bool(&side) {
             return Err(bad_type(name, shown(object), EXPECTED));
         }
         match side.extract::<i64>() {
             Ok(-1) => Ok(None),
             Ok(keys) => match usize::try_from(keys) {
-                // Beyond this it makes no difference.
-                Ok(keys) => Ok(Some(keys.min(1 << 48))),
+                Ok(keys) => Ok(Some(keys.min(FARTHEST))),
                 Err(_) => Err(bad_value(name, shown(object), EXPECTED)),
             },
             Err(error) if error.is_instance_of::<pyo3::exceptions::PyOverflowError>(object.py()) => {
@@ -112,9 +126,12 @@ pub(crate) fn finite(name: &str, value: Option<f64>) -> PyResult<Option<f32>> {
 
 /// A soft cap: a number above 0.
 pub(crate) fn softcap(name: &str, value: Option<f64>) -> PyResult<Option<f32>> {
-    match finite(name, value)? {
-        Some(cap) if cap <= 0.0 => Err(bad_value(name, cap.to_string(), "None or a number above 0")),
-        cap => Ok(cap),
+    match (value, finite(name, value)?) {
+        // As f32, of which the smallest are above 1e-45.
+        (Some(value), Some(cap)) if cap <= 0.0 => {
+            Err(bad_value(name, format!("{value:?}"), "None or a number above 0"))
+        }
+        (_, cap) => Ok(cap),
     }
 }
 

@@ -19,7 +19,7 @@ use crate::pool;
 /// cos, sin
 ///     (positions, r / 2), float32, bfloat16 or float16: the first r dims of a row are turned.
 /// positions
-///     int64 (batch * length,): the table's row for each token.
+///     int64 (batch * length,): the table's row for each token; None: token i has row i.
 /// interleaved
 ///     Whether pairs are dims (0, 1), (2, 3), ... and not (i, i + r / 2).
 ///
@@ -30,7 +30,7 @@ pub(crate) fn rotate<'py>(
     x: &Bound<'py, PyAny>,
     cos: &Bound<'py, PyAny>,
     sin: &Bound<'py, PyAny>,
-    positions: &Bound<'py, PyAny>,
+    positions: Option<&Bound<'py, PyAny>>,
     interleaved: bool,
     out: &Bound<'py, PyAny>,
 ) -> PyResult<()> {
@@ -39,41 +39,107 @@ pub(crate) fn rotate<'py>(
     out.expect_shape(&x.shape)?;
     out.expect_dtype(&[x.dtype])?;
     let [batch, heads, length, dim] = [x.shape[0], x.shape[1], x.shape[2], x.shape[3]];
-    let positions = Array::input("position_ids", positions)?.to_counts()?;
-    if Some(positions.len()) != batch.checked_mul(length) {
-        let given = format!("{} entries", positions.len());
-        return Err(bad_value("position_ids", given, format!("{batch} x {length}")));
+    let positions = positions.map(|positions| Array::input("position_ids", positions)).transpose()?;
+    let tokens = batch.saturating_mul(length);
+    if let Some(positions) = &positions {
+        positions.expect_dtype(&[DType::I64])?;
+        positions.expect_shape(&[tokens])?;
     }
-    let table = table(["cos_cache", "sin_cache"], [cos, sin], dim, interleaved)?;
+    let tables = Tables::read(["cos_cache", "sin_cache"], [cos, sin], dim, interleaved)?;
     let from = x.data()?;
     let mut to = Rows::new(&mut out)?;
-    let moves: Vec<Move> = positions
-        .into_iter()
-        .enumerate()
-        .map(|(token, position)| {
-            let at = [token / length, token % length];
-            Move { from: at, to: at, position }
-        })
-        .collect();
-    let work = moves.len() as f64 * heads as f64 * dim as f64 * 4.0;
-    pool::run(py, work, || move_rows(&from, &mut to, &moves, Some(&table)))?
-        .map_err(|error| refused("position_ids", &error))
+    // Some tokens at a time: what is copied for them is small, however many there are.
+    let step = (MOST_VALUES / tables.pairs()).clamp(1, MOST_TOKENS);
+    // Where there are no heads or dims there may be tokens without end, and nothing to move.
+    let tokens = if heads == 0 || dim == 0 { 0 } else { tokens };
+    for first in (0..tokens).step_by(step) {
+        let chunk = first..tokens.min(first + step);
+        let positions = match &positions {
+            Some(positions) => positions.counts_of(chunk.clone())?,
+            None => chunk.clone().collect(),
+        };
+        if let Some(position) = positions.iter().find(|&&position| position >= tables.max_length()) {
+            let expected = format!("a row of the {} in the table", tables.max_length());
+            return Err(bad_value("position_ids", position.to_string(), expected));
+        }
+        let rows = distinct(positions.clone());
+        let table = tables.rows(&rows)?;
+        let place = |token: usize| [token / length, token % length];
+        let moves: Vec<Move> = chunk
+            .zip(positions)
+            .map(|(token, position)| Move {
+                from: place(token),
+                to: place(token),
+                position: row_of(&rows, position),
+            })
+            .collect();
+        let work = moves.len() as f64 * heads as f64 * dim as f64 * 4.0;
+        pool::run(py, work, || move_rows(&from, &mut to, &moves, Some(&table)))?
+            .map_err(|error| refused("position_ids", &error))?;
+    }
+    Ok(())
 }
 
-/// The table of cosines and sines, and which dims of a row of `head_dim` they turn.
-pub(crate) fn table(
-    names: [&'static str; 2],
-    [cos, sin]: [&Bound<'_, PyAny>; 2],
+/// The most values of each table, and the most tokens, that [`rotate`] copies at a time.
+const MOST_VALUES: usize = 1 << 18;
+const MOST_TOKENS: usize = 1 << 14;
+
+/// Tables of cosines and sines as they were given. Only the rows that are used are read: a table is as long as the longest
+/// sequence could be.
+#[derive(Debug)]
+pub(crate) struct Tables<'py> {
+    cos: Array<'py>,
+    sin: Array<'py>,
     head_dim: usize,
-    interleaved: bool,
-) -> PyResult<Rotary> {
-    let [cos, sin] = [Array::input(names[0], cos)?, Array::input(names[1], sin)?];
-    cos.expect_rank(2, "(positions, r / 2)")?;
-    sin.expect_shape(&cos.shape)?;
-    let rotary_dim = cos.shape[1].saturating_mul(2);
-    let pairing = if interleaved { Pairing::Interleaved } else { Pairing::Halves };
-    let [cos, sin] = [cos.widened()?.to_floats()?, sin.widened()?.to_floats()?];
-    Rotary::from_tables(cos, sin, rotary_dim, head_dim, pairing).map_err(|error| refused(names[0], &error))
+    pairing: Pairing,
+}
+
+impl<'py> Tables<'py> {
+    /// Those that turn rows of `head_dim`.
+    pub(crate) fn read(
+        names: [&'static str; 2],
+        [cos, sin]: [&Bound<'py, PyAny>; 2],
+        head_dim: usize,
+        interleaved: bool,
+    ) -> PyResult<Self> {
+        let [cos, sin] = [Array::input(names[0], cos)?, Array::input(names[1], sin)?];
+        cos.expect_rank(2, "(positions, r / 2)")?;
+        sin.expect_shape(&cos.shape)?;
+        let pairing = if interleaved { Pairing::Interleaved } else { Pairing::Halves };
+        let tables = Self { cos, sin, head_dim, pairing };
+        // Refuses types and sizes.
+        tables.rows(&[])?;
+        Ok(tables)
+    }
+
+    /// Positions that there are rows for.
+    pub(crate) fn max_length(&self) -> usize {
+        self.cos.shape[0]
+    }
+
+    /// Pairs of dims that are turned, at least 1.
+    fn pairs(&self) -> usize {
+        self.cos.shape[1]
+    }
+
+    /// A table of these rows alone, which are in the tables.
+    pub(crate) fn rows(&self, rows: &[usize]) -> PyResult<Rotary> {
+        let (cos, sin) = (self.cos.rows_widened(rows)?, self.sin.rows_widened(rows)?);
+        Rotary::from_tables(cos, sin, self.pairs().saturating_mul(2), self.head_dim, self.pairing)
+            .map_err(|error| refused(self.cos.name, &error))
+    }
+}
+
+/// Positions in ascending order, each once.
+pub(crate) fn distinct(mut positions: Vec<usize>) -> Vec<usize> {
+    positions.sort_unstable();
+    positions.dedup();
+    positions
+}
+
+/// Where a position is among distinct ones.
+pub(crate) fn row_of(distinct: &[usize], position: usize) -> usize {
+    distinct.partition_point(|&row| row < position)
 }
 
 /// The exception for an error of the Rust API.

@@ -7,7 +7,7 @@
 
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyTuple, PyType};
+use pyo3::types::{PyDict, PyFloat, PyInt, PyTuple, PyType};
 use pyo3::{ffi, intern};
 
 use crate::array::{DType, Raw};
@@ -22,6 +22,8 @@ pub(crate) struct Torch {
     to_dlpack: Py<PyAny>,
     empty: Py<PyAny>,
     increment_version: Option<Py<PyAny>>,
+    /// The module `torch.autograd.forward_ad`.
+    forward_ad: Option<Py<PyAny>>,
     /// `{"dtype": .., "device": "cpu"}` for f32, f16 and bf16: the default device and type may be others.
     options: [Py<PyDict>; 3],
 }
@@ -50,14 +52,17 @@ impl Torch {
             options.set_item("device", &device)?;
             Ok(options.unbind())
         };
-        let graph = torch.getattr("autograd").and_then(|autograd| autograd.getattr("graph"));
+        let autograd = torch.getattr("autograd")?;
+        let graph = autograd.getattr("graph");
         let increment_version = graph.and_then(|graph| graph.getattr("increment_version")).ok();
+        let forward_ad = autograd.getattr("forward_ad").ok();
         Ok(Self {
             tensor: torch.getattr("Tensor")?.cast_into::<PyType>()?.unbind(),
             parameter: torch.getattr("nn")?.getattr("Parameter")?.cast_into::<PyType>()?.unbind(),
             to_dlpack: torch.getattr("utils")?.getattr("dlpack")?.getattr("to_dlpack")?.unbind(),
             empty: torch.getattr("empty")?.unbind(),
             increment_version: increment_version.map(Bound::unbind),
+            forward_ad: forward_ad.map(Bound::unbind),
             options: [options("float32")?, options("float16")?, options("bfloat16")?],
         })
     }
@@ -78,6 +83,13 @@ impl Torch {
                 "one that does not (qkv.torch.scaled_dot_product_attention takes it, without a backward pass yet; tensor.detach() leaves the gradient out)",
             ));
         }
+        if self.is_dual(tensor)? {
+            return Err(bad_value(
+                name,
+                "a tensor with a tangent (a dual of torch.autograd.forward_ad)",
+                "one without (qkv.torch has no forward-mode derivative yet either; tensor.detach() leaves the tangent out)",
+            ));
+        }
         if !tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
             let given = format!("a tensor on device {}", tensor.getattr(intern!(py, "device"))?.str()?);
             return Err(bad_value(name, given, "one on the CPU"));
@@ -91,6 +103,9 @@ impl Torch {
         }
         let class = tensor.get_type_ptr().cast();
         let plain = class == self.tensor.as_ptr() || class == self.parameter.as_ptr();
+        // The capsule keeps the tensor, and the tensor its memory until it is given another (`tensor.data = ..`, `set_`).
+        // Subclasses without memory of their own may have none to show.
+        let storage = tensor.call_method0(intern!(py, "untyped_storage")).ok();
         let capsule = if plain {
             self.to_dlpack.bind(py).call1((tensor,))
         } else {
@@ -100,7 +115,20 @@ impl Torch {
         let managed = Managed::take(name, &capsule)?;
         let mut raw = Raw::from_managed(name, managed)?;
         raw.writable = true;
+        raw.storage = storage.map(Bound::unbind);
         Ok(raw)
+    }
+
+    /// Whether a tensor carries a tangent of forward-mode differentiation, which results would silently lack.
+    fn is_dual(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let py = tensor.py();
+        let Some(forward_ad) = &self.forward_ad else { return Ok(false) };
+        let forward_ad = forward_ad.bind(py);
+        if forward_ad.getattr(intern!(py, "_current_level"))?.extract::<i64>()? < 0 {
+            return Ok(false);
+        }
+        let dual = forward_ad.call_method1(intern!(py, "unpack_dual"), (tensor,))?;
+        Ok(!dual.getattr(intern!(py, "tangent"))?.is_none())
     }
 
     /// A new row-major tensor on the CPU, its values not set. Of f32, f16 or bf16.
@@ -136,6 +164,23 @@ impl Torch {
         }
         Ok(())
     }
+}
+
+/// Refuses a tensor in the place of a number if it has a derivative: that would be dropped.
+pub(crate) fn expect_no_derivative(name: &str, object: &Bound<'_, PyAny>) -> PyResult<()> {
+    let py = object.py();
+    if object.is_exact_instance_of::<PyFloat>() || object.is_exact_instance_of::<PyInt>() {
+        return Ok(());
+    }
+    let Some(torch) = loaded(py)?.filter(|torch| torch.is_tensor(object)) else { return Ok(()) };
+    let given = if object.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
+        "a tensor that requires a gradient"
+    } else if torch.is_dual(object)? {
+        "a tensor with a tangent (a dual of torch.autograd.forward_ad)"
+    } else {
+        return Ok(());
+    };
+    Err(bad_type(name, given, "a number (tensor.item() is one, without the derivative)"))
 }
 
 /// The exception for an object that did not let its memory be read; what the object raised is its cause.

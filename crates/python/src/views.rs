@@ -3,6 +3,8 @@
 //! Copies are made where a view cannot be: of rows that are not contiguous, and of 16-bit values where the Rust API wants
 //! f32.
 
+use core::ops::Range;
+
 use half::{bf16, f16};
 use pyo3::exceptions::PyMemoryError;
 use pyo3::intern;
@@ -85,6 +87,34 @@ impl<'py> Array<'py> {
         Ok(unsafe { gather(&source, false, |p| p.cast::<f32>().read()) }?.0)
     }
 
+    /// A copy of some rows of an array of two axes, in their order, widened to f32.
+    pub(crate) fn rows_widened(&self, rows: &[usize]) -> PyResult<Vec<f32>> {
+        self.expect_dtype(&DType::FLOATS)?;
+        self.expect_rank(2, "(rows, columns)")?;
+        let (count, columns) = (self.shape[0], self.shape[1]);
+        let mut values = Vec::new();
+        let fits = rows.len().checked_mul(columns).is_some_and(|all| values.try_reserve_exact(all).is_ok());
+        if !fits {
+            let given = format!("{}: no memory for {} rows of {columns} values", self.name, rows.len());
+            return Err(PyMemoryError::new_err(given));
+        }
+        for &row in rows {
+            assert!(row < count, "row {row} of {count}");
+            for column in 0..columns {
+                let offset = row as isize * self.strides[0] + column as isize * self.strides[1];
+                // SAFETY: both indices are below their sizes, so that the element lies in the memory of the array, aligned.
+                values.push(unsafe {
+                    match self.dtype {
+                        DType::F16 => self.at::<f16>(offset).read().to_f32(),
+                        DType::Bf16 => self.at::<bf16>(offset).read().to_f32(),
+                        _ => self.at::<f32>(offset).read(),
+                    }
+                });
+            }
+        }
+        Ok(values)
+    }
+
     /// A copy of integers, row-major.
     pub(crate) fn to_integers(&self) -> PyResult<Vec<i64>> {
         self.expect_dtype(&[DType::I32, DType::I64])?;
@@ -110,6 +140,19 @@ impl<'py> Array<'py> {
                 })
             })
             .collect()
+    }
+
+    /// Some of a list of integers that count something.
+    pub(crate) fn counts_of(&self, range: Range<usize>) -> PyResult<Vec<usize>> {
+        let (data, stride) = (self.data, self.strides[0]);
+        assert!(self.rank() == 1 && self.dtype == DType::I64 && range.end <= self.shape[0]);
+        let count = |index: usize| {
+            // SAFETY: the index is below the size, so that the integer lies in the memory of the array, aligned.
+            let value = unsafe { data.cast::<i64>().wrapping_offset(index as isize * stride).read() };
+            usize::try_from(value)
+                .map_err(|_| bad_value(&format!("{}[{index}]", self.name), value.to_string(), "0 or more"))
+        };
+        range.map(count).collect()
     }
 
     /// All of an array of four axes.
@@ -265,7 +308,7 @@ impl<'py> Array<'py> {
     /// The part must lie in the array.
     pub(crate) unsafe fn mask_part(&self, part: &Part) -> PyResult<Broadcast<'_, bool>> {
         self.expect_dtype(&[DType::Bool])?;
-        // SAFETY: as in `data_part`; the libraries keep 0 or 1 in a bool.
+        // SAFETY: as in `data_part`; a bool may be any byte here, and is only computed with.
         unsafe { self.broadcast_part::<bool>(part) }
     }
 

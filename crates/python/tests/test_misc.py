@@ -91,6 +91,63 @@ print(threads() - before)
         assert python(count).stdout == "4\n"
 
 
+# Threads of a GiB each, and room for a few.
+LIMITED = """
+import resource, numpy as np, qkv
+x = np.ones((1, 8, 256, 64), np.float32)
+small = x[:, :1, :4]
+expected = qkv.attention(small, small, small)
+def limit():
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (11 << 29), resource.RLIM_INFINITY))
+def refused():
+    try:
+        qkv.set_num_threads(1024)
+    except RuntimeError as error:
+        assert str(error).startswith("threads could not be started"), error
+        return True
+def computes():
+    for _ in range(3000):
+        assert np.array_equal(qkv.attention(small, small, small), expected)
+    assert np.allclose(qkv.attention(x, x, x), 1)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="not Linux")
+@pytest.mark.parametrize(
+    "code",
+    [
+        "limit(); assert refused(); computes(); qkv.set_num_threads(2); computes(); assert qkv.num_threads() == 2",
+        # The pool that is there stays where another cannot be.
+        "qkv.set_num_threads(2); limit(); assert refused(); computes(); assert qkv.num_threads() == 2",
+        # The first use starts fewer than the environment asks for, whichever use it is.
+        "limit(); computes(); assert 1 <= qkv.num_threads() < 64; qkv.set_num_threads(3); computes()",
+        "limit(); qkv.attention(x, x, x); computes()",
+        "limit(); assert 1 <= qkv.num_threads() < 64; computes()",
+    ],
+)
+def test_threads_that_cannot_be_started(code):
+    environment = {} if "refused" in code else {"RAYON_NUM_THREADS": "64"}
+    ran = python(LIMITED + code, RUST_MIN_STACK=str(1 << 30), MALLOC_ARENA_MAX="1", **environment)
+    assert ran.returncode == 0 and not ran.stderr, ran.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="not Linux")
+def test_a_few_small_calls_start_no_threads():
+    code = """
+import numpy as np, qkv
+def threads():
+    return next(line for line in open("/proc/self/status") if line.startswith("Threads")).split()[1]
+before = threads()
+x = np.ones((1, 1, 4, 8), np.float32)
+for _ in range(20):
+    qkv.attention(x, x, x)
+assert threads() == before
+"""
+    ran = python(code)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_several_python_threads_at_once(problem, threads):
     expected = [qkv.attention(*problem, causal=offset) for offset in range(4)]
     failures = []

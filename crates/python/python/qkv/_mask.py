@@ -113,6 +113,9 @@ class CompactMask(Tensor):
     def tolist(self) -> Any:
         return self.fill().tolist()
 
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.fill().__dlpack__(**options)
+
     # A copy or a pickle is the ordinary tensor.
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.fill().__reduce_ex__(protocol)

@@ -5,6 +5,7 @@ Other operators are refused; the function bodies ("expanded" models) that ONNX s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,8 @@ from qkv.onnx import attention, rotary_embedding
 
 # The first opset of each operator, and which attributes came in later.
 _SINCE = {"Attention": 23, "RotaryEmbedding": 23}
+# The inputs that each needs.
+_NEEDED = {"Attention": ("Q", "K", "V"), "RotaryEmbedding": ("X", "cos_cache", "sin_cache")}
 _LATER = {"left_window_size": 25, "right_window_size": 25}
 
 
@@ -48,13 +51,21 @@ def _rotary(node: onnx.NodeProto, inputs: list[Any], opset: int) -> list[Any]:
 _RUN = {"Attention": _attention, "RotaryEmbedding": _rotary}
 
 
-def _refusal(model: onnx.ModelProto) -> str | None:
-    """Why a model cannot be run; None: it can."""
-    for node in model.graph.node:
+def _run(node: onnx.NodeProto, inputs: list[Any], opset: int) -> list[Any]:
+    for i, name in enumerate(_NEEDED[node.op_type]):
+        if i >= len(inputs) or inputs[i] is None:
+            raise ValueError(f"inputs: {name} of {node.op_type} missing")
+    return _RUN[node.op_type](node, inputs, opset)
+
+
+def _refusal(nodes: Iterable[onnx.NodeProto], opset: int) -> str | None:
+    """Why nodes cannot be run; None: they can."""
+    for node in nodes:
         if node.domain not in ("", "ai.onnx") or node.op_type not in _RUN:
-            return f"{node.op_type}: not supported, expected {' or '.join(_RUN)}"
-        if _opset(model) < _SINCE[node.op_type]:
-            return f"{node.op_type}: opset {_opset(model)}, expected {_SINCE[node.op_type]} or later"
+            name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            return f"{name}: not supported, expected {' or '.join(_RUN)}"
+        if opset < _SINCE[node.op_type]:
+            return f"{node.op_type}: opset {opset}, expected {_SINCE[node.op_type]} or later"
     return None
 
 
@@ -88,7 +99,7 @@ class Prepared(BackendRep):
             if missing:
                 raise ValueError(f"inputs: {', '.join(missing)} missing")
             arguments = [None if values[name] is None else np.asarray(values[name]) for name in node.input]
-            results = _RUN[node.op_type](node, arguments, self._opset)
+            results = _run(node, arguments, self._opset)
             values.update((name, result) for name, result in zip(node.output, results) if name)
         return namedtupledict("Outputs", [o.name for o in graph.output])(*[values[o.name] for o in graph.output])
 
@@ -110,7 +121,7 @@ class Backend(OnnxBackend):
     @classmethod
     def is_compatible(cls, model: onnx.ModelProto, device: str = "CPU", **kwargs: Any) -> bool:
         """Whether the model consists of operators that are supported, and the device is the CPU."""
-        return cls.supports_device(device) and _refusal(model) is None
+        return cls.supports_device(device) and _refusal(model.graph.node, _opset(model)) is None
 
     @classmethod
     def prepare(cls, model: onnx.ModelProto, device: str = "CPU", **kwargs: Any) -> Prepared:
@@ -121,7 +132,7 @@ class Backend(OnnxBackend):
         """
         if not cls.supports_device(device):
             raise NotImplementedError(f"device: {device} is not supported, expected CPU")
-        reason = _refusal(model)
+        reason = _refusal(model.graph.node, _opset(model))
         if reason is not None:
             raise NotImplementedError(reason)
         onnx.checker.check_model(model)
@@ -140,8 +151,9 @@ class Backend(OnnxBackend):
         opset = kwargs.get("opset_version", 25)
         if not cls.supports_device(device):
             raise NotImplementedError(f"device: {device} is not supported, expected CPU")
-        if node.op_type not in _RUN:
-            raise NotImplementedError(f"{node.op_type}: not supported, expected {' or '.join(_RUN)}")
+        reason = _refusal([node], opset)
+        if reason is not None:
+            raise NotImplementedError(reason)
         names = [name for name in node.input if name]
         if isinstance(inputs, dict):
             given = inputs
@@ -149,8 +161,11 @@ class Backend(OnnxBackend):
             if len(inputs) != len(names):
                 raise ValueError(f"inputs: {len(inputs)} of them, expected {len(names)}: {', '.join(names)}")
             given = dict(zip(names, inputs))
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise ValueError(f"inputs: {', '.join(missing)} missing")
         arguments = [given[name] if name else None for name in node.input]
-        results = _RUN[node.op_type](node, arguments, opset)
+        results = _run(node, arguments, opset)
         names = [name for name in node.output if name]
         return namedtupledict("Outputs", names)(*[r for name, r in zip(node.output, results) if name])
 

@@ -21,24 +21,39 @@ def is_torch(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def derivative(x: Any) -> str | None:
+    """What a torch tensor carries that results would silently lack, in words; None: nothing."""
+    if x.requires_grad:
+        return "a tensor that requires a gradient"
+    forward_ad = sys.modules["torch"].autograd.forward_ad
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return "a tensor with a tangent (a dual of torch.autograd.forward_ad)"
+    return None
+
+
 def as_array(name: str, x: Any, like: Any = None) -> Any:
     """`x` as a torch tensor or a numpy array, whichever it is; anything else with `__dlpack__` becomes numpy's.
 
-    With `like`, `x` becomes what `like` is, without a copy. Tensors of other devices, and those that require a gradient,
+    With `like`, `x` becomes what `like` is, without a copy. Tensors of other devices, and those that have a derivative,
     are refused.
     """
     if is_torch(x):
         if x.device.type != "cpu":
             raise ValueError(f"{name}: on device {x.device}, expected the CPU")
-        if x.requires_grad:
+        carried = derivative(x)
+        if carried is not None:
             raise ValueError(
-                f"{name}: a tensor that requires a gradient, expected one that does not "
-                "(qkv.torch.scaled_dot_product_attention takes it, without a backward pass yet; tensor.detach() leaves the gradient out)"
+                f"{name}: {carried}, expected one without (qkv.torch.scaled_dot_product_attention takes a gradient, without "
+                "a backward pass yet; tensor.detach() leaves gradient and tangent out)"
             )
         if x.layout is not sys.modules["torch"].strided:
             raise TypeError(f"{name}: layout {x.layout}, expected a strided tensor")
     elif not isinstance(x, np.ndarray):
-        if not hasattr(x, "__dlpack__"):
+        try:
+            exports = hasattr(x, "__dlpack__")
+        except Exception as error:
+            raise ValueError(f"{name}: its memory cannot be read ({error}), expected an array on the CPU") from error
+        if not exports:
             raise TypeError(f"{name}: {type(x).__name__}, expected a numpy array or a tensor on the CPU with __dlpack__")
         try:
             x = np.from_dlpack(x)
@@ -47,7 +62,7 @@ def as_array(name: str, x: Any, like: Any = None) -> Any:
     if like is None or is_torch(like) == is_torch(x):
         return x
     try:
-        return sys.modules["torch"].from_numpy(x) if is_torch(like) else x.numpy()
+        return sys.modules["torch"].from_numpy(x) if is_torch(like) else to_numpy(x)
     except (TypeError, ValueError, RuntimeError) as error:
         kind = "torch" if is_torch(like) else "numpy"
         raise TypeError(f"{name}: {dtype_name(x)} of another library, expected a {kind} array as the first one is") from error
@@ -96,9 +111,14 @@ def concatenate(parts: list[Any], axis: int) -> Any:
     return np.concatenate(parts, axis=axis)
 
 
+def to_numpy(x: Any) -> np.ndarray:
+    """A torch tensor as numpy's, a copy only where it is negated lazily."""
+    return x.resolve_neg().numpy()
+
+
 def to_float32(x: Any) -> np.ndarray:
     """A numpy array of float32 with the same values."""
-    return x.float().numpy() if is_torch(x) else x.astype(np.float32)
+    return to_numpy(x.float()) if is_torch(x) else x.astype(np.float32)
 
 
 def from_float(x: np.ndarray, like: Any) -> Any:
@@ -115,7 +135,7 @@ def integers(name: str, x: Any, shape: tuple[int, ...], kinds: tuple[str, ...], 
     if dtype_name(x) not in kinds:
         raise TypeError(f"{name}: {dtype_name(x)}, expected {' or '.join(kinds)}")
     check_shape(name, x, shape, axes)
-    x = x.numpy() if is_torch(x) else x
+    x = to_numpy(x) if is_torch(x) else x
     return np.ascontiguousarray(x, dtype=np.int64)
 
 
@@ -142,6 +162,9 @@ def flag(name: str, x: Any) -> bool:
 
 def number(name: str, x: Any) -> float:
     """`x` as a finite float."""
+    carried = derivative(x) if is_torch(x) else None
+    if carried is not None:
+        raise TypeError(f"{name}: {carried}, expected a number (tensor.item() is one, without the derivative)")
     try:
         value = float(x)
     except (TypeError, ValueError):

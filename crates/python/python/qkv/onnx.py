@@ -28,6 +28,7 @@ from qkv._views import (
     is_torch,
     number,
     to_float32,
+    to_numpy,
 )
 
 if TYPE_CHECKING:
@@ -316,7 +317,7 @@ def _visible(q: Any, total: int, past_len: int, lengths: np.ndarray | None, caus
 def _masked(scores: np.ndarray, mask: Any, visible: np.ndarray) -> np.ndarray:
     """Scores with the mask added and -inf wherever a key is not visible, whatever its score is."""
     if mask is not None:
-        mask = mask.numpy() if dtype_name(mask) == "bool" and is_torch(mask) else mask
+        mask = to_numpy(mask) if dtype_name(mask) == "bool" and is_torch(mask) else mask
         is_bool = dtype_name(mask) == "bool"
         mask = mask if is_bool else to_float32(mask)
         short = scores.shape[3] - mask.shape[3]
@@ -396,12 +397,12 @@ def rotary_embedding(
     cos, sin = tables
     check_shape("sin_cache", sin, tuple(cos.shape), "cos_cache's shape")
     if position_ids is None:
-        positions = np.arange(batch * length, dtype=np.int64).reshape(batch, length)
+        positions = None
     else:
         positions = integers("position_ids", position_ids, (batch, length), ("int64",), "(batch, length)")
         if positions.size and not 0 <= positions.min() <= positions.max() < cos.shape[0]:
             worst = positions.min() if positions.min() < 0 else positions.max()
             raise ValueError(f"position_ids: {worst}, expected 0 to {cos.shape[0] - 1}, the last row of cos_cache")
     y, out = _new_output(x, dim, X.ndim == 3)
-    _qkv.rotate(x, cos, sin, positions.reshape(-1), flag("interleaved", interleaved), out)
+    _qkv.rotate(x, cos, sin, None if positions is None else positions.reshape(-1), flag("interleaved", interleaved), out)
     return y

@@ -47,6 +47,7 @@ __all__ = ["attention", "scaled_dot_product_attention"]
 
 _CAUSAL = 'None, "top_left", "bottom_right" or an int offset'
 _WINDOW = "None or (left, right), each None, -1 or a number of keys"
+_BOTH_CAUSAL = "causal_offset: given with causal, expected one of them"
 _NO_BACKWARD = (
     "qkv: the backward pass is not supported yet; run under torch.no_grad() (or detach query, key, value, mask, bias "
     "and sinks), or use torch's own attention where gradients are needed"
@@ -144,6 +145,13 @@ def _flag(name: str, x: Any) -> bool:
     return bool(x)
 
 
+def _scalar(name: str, x: Any) -> Any:
+    """A number. Checked here too, for a call that is traced: a number has no derivative, and a tensor's would be dropped."""
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise TypeError(f"{name}: a tensor that requires a gradient, expected a number (tensor.item() is one, without it)")
+    return x
+
+
 def _lengths(kv_lengths: Any, q: Any) -> Tensor:
     """`kv_lengths` that are not a tensor as one, beside q."""
     device = "meta" if isinstance(q, Tensor) and q.is_meta else "cpu"
@@ -186,6 +194,8 @@ def _run_attention(return_lse: bool, *args: Any) -> Any:
     # The dispatcher drops trailing arguments that equal their defaults: put them back.
     args += _DEFAULTS[len(args) - 3 :]
     tensors, (layout, causal, causal_offset, left, right, softcap, scale) = args[:8], args[8:]
+    if causal is not None and causal_offset is not None:
+        raise ValueError(_BOTH_CAUSAL)
     check_devices(dict(zip(TENSORS, tensors)))
     q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths = map(_plain, tensors)
     # fmt: off
@@ -233,6 +243,8 @@ def _sdpa_fake(query, *args):
 def _shapes(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
     """Those of the result and its log-sum-exp, from an operator's flat arguments."""
     args += _DEFAULTS[len(args) - 3 :]
+    if args[9] is not None and args[10] is not None:
+        raise ValueError(_BOTH_CAUSAL)
     return attention_shapes(args[8], *args[:8])
 
 
@@ -363,6 +375,7 @@ def scaled_dot_product_attention(
     _check_options(_native_sdpa, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     dropout_p = 0.0 if dropout_p is None else dropout_p
     is_causal, enable_gqa = _flag("is_causal", is_causal), _flag("enable_gqa", enable_gqa)
+    scale, dropout_p = _scalar("scale", scale), _scalar("dropout_p", dropout_p)
     if torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     return _sdpa_op(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -435,10 +448,11 @@ def attention(
     return_lse = _flag("return_lse", return_lse)
     offset = None
     if causal is not None and not isinstance(causal, str):
-        if isinstance(causal, bool):
+        if isinstance(causal, bool) or isinstance(causal, Tensor) and causal.dtype is torch.bool:
             raise TypeError(f"causal: {causal}, expected {_CAUSAL}")
         causal, offset = None, causal
     left, right = _window(window)
+    softcap, scale = _scalar("softcap", softcap), _scalar("scale", scale)
     if torch.is_autocast_enabled("cpu"):
         q, k, v = _autocast(q, k, v)
         # A bias of float32 goes with any type and stays exact.
