@@ -2,10 +2,10 @@
  * qkv: attention on CPUs in one fused pass. A guide with a complete program: docs/C.md in the sources.
  *
  * Every function may be called with anything in its arguments: NULL, misaligned or destroyed pointers, negative or absurd
- * sizes, strides that overlap, outputs that lie in inputs. It then answers with a qkv_status, writes nothing, and
- * qkv_last_error_message() tells what was wrong. What cannot be told from an address the caller vouches for: that the memory
- * behind a pointer that is not NULL is there, has the described extent (which descriptors can be given to check), is
- * initialised where it is read, and is not written by others during the call.
+ * sizes, strides that overlap, outputs that lie in tensors that are read. It then answers with a qkv_status, writes
+ * nothing, and qkv_last_error_message() tells what was wrong. What cannot be told from an address the caller vouches for:
+ * that the memory behind a pointer that is not NULL is there, has the described extent (which descriptors can be given to
+ * check), is initialised where it is read, and is not written by others during the call.
  *
  * Nothing passed in is kept or freed, except where a function says so. Handles (qkv_cache, ...) are numbers in the shape of
  * pointers: one that was destroyed is refused, also after others were made. All functions may be called from any thread;
@@ -297,7 +297,7 @@ typedef struct qkv_attention_outputs {
     // If given: the natural log of the sum of exponentials of each query's visible scores and its sink, contiguous (batch,
     // query heads, query length); -infinity for a query that sees no key and has no sink.
     struct qkv_floats_mut lse;
-    // If given: the largest of them, in the same shape.
+    // If given: the largest of them, in the same shape; any number for a query that has a score of NaN.
     struct qkv_floats_mut maxima;
 } qkv_attention_outputs;
 
@@ -338,7 +338,7 @@ typedef struct qkv_cache_config {
     // Dim of a value.
     int64_t value_dim;
     // Not 0: rolling. When new tokens do not fit, all but the last window of a sequence are dropped; at most half the
-    // capacity.
+    // capacity. More than capacity - window tokens in one append are refused.
     int64_t window;
     // For QKV_DTYPE_I8: dims that share a scale, a divisor of both dims; 0 is one scale per token and head.
     int64_t group;

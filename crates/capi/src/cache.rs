@@ -51,7 +51,7 @@ pub struct qkv_cache_config {
     /// Dim of a value.
     pub value_dim: i64,
     /// Not 0: rolling. When new tokens do not fit, all but the last window of a sequence are dropped; at most half the
-    /// capacity.
+    /// capacity. More than capacity - window tokens in one append are refused.
     pub window: i64,
     /// For QKV_DTYPE_I8: dims that share a scale, a divisor of both dims; 0 is one scale per token and head.
     pub group: i64,

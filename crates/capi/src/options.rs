@@ -96,7 +96,7 @@ pub struct qkv_attention_outputs {
     /// If given: the natural log of the sum of exponentials of each query's visible scores and its sink, contiguous (batch,
     /// query heads, query length); -infinity for a query that sees no key and has no sink.
     pub lse: qkv_floats_mut,
-    /// If given: the largest of them, in the same shape.
+    /// If given: the largest of them, in the same shape; any number for a query that has a score of NaN.
     pub maxima: qkv_floats_mut,
 }
 

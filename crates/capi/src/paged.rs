@@ -1,11 +1,11 @@
-//! The cache of pages, which sequences share until they differ, and decoding with it.
+//! The cache of pages, which sequences share until they differ.
 
 use std::collections::HashMap;
 use std::sync::RwLock;
 
 use qkv::cache::{PagedCache, PagedCacheConfig, SequenceId};
 use qkv::rotary::Rotary;
-use qkv::{AttentionError, Outputs, attention_paged};
+use qkv::{Outputs, attention_paged};
 
 use crate::attention::{ends, regions, rows};
 use crate::cache::{new_tokens, storage};
@@ -18,7 +18,7 @@ use crate::status::{Failure, guard, guard_value, qkv_status, qkv_status::*};
 use crate::threads;
 use crate::types::*;
 use crate::versioned::{Versioned, versioned};
-use crate::views::{Input, as_packed};
+use crate::views::Input;
 
 /// Keys and values of any number of sequences in the pages of one pool.
 #[derive(Debug)]
@@ -30,18 +30,20 @@ pub struct qkv_paged_cache {
 /// A sequence of a paged cache: a number that is not 0 and never used again.
 pub type qkv_sequence = u64;
 
-static CACHES: Handles<Cache> = Handles::new("cache");
+pub(crate) static CACHES: Handles<Cache> = Handles::new("cache");
 
 #[derive(Debug)]
-struct Cache {
-    key_dim: usize,
+pub(crate) struct Cache {
+    pub(crate) key_dim: usize,
     pages: usize,
-    held: RwLock<Held>,
+    pub(crate) held: RwLock<Held>,
 }
 
 #[derive(Debug)]
-struct Held {
-    cache: PagedCache,
+pub(crate) struct Held {
+    pub(crate) cache: PagedCache,
+    /// Like it, but for one token.
+    pub(crate) trial: PagedCache,
     sequences: HashMap<qkv_sequence, SequenceId>,
     last: qkv_sequence,
 }
@@ -92,9 +94,13 @@ pub unsafe extern "C" fn qkv_paged_cache_create(
                 size("key_dim", given.key_dim)?,
                 size("value_dim", given.value_dim)?,
             ];
-            let config = PagedCacheConfig::new(pages, page_size, kv_heads, key_dim, value_dim)
-                .with_storage(storage(given.dtype, given.group, given.zero_point)?);
-            let held = Held { cache: PagedCache::new(config)?, sequences: HashMap::new(), last: 0 };
+            let storage = storage(given.dtype, given.group, given.zero_point)?;
+            let pool = |pages, page_size| {
+                let config = PagedCacheConfig::new(pages, page_size, kv_heads, key_dim, value_dim);
+                PagedCache::new(config.with_storage(storage))
+            };
+            let (cache, trial) = (pool(pages, page_size)?, pool(1, 1)?);
+            let held = Held { cache, trial, sequences: HashMap::new(), last: 0 };
             Ok(Cache { key_dim, pages, held: RwLock::new(held) })
         };
         // SAFETY: as above.
@@ -109,7 +115,7 @@ pub extern "C" fn qkv_paged_cache_destroy(cache: *mut qkv_paged_cache) -> qkv_st
 }
 
 impl Held {
-    fn id(&self, sequence: qkv_sequence) -> Result<SequenceId, Failure> {
+    pub(crate) fn id(&self, sequence: qkv_sequence) -> Result<SequenceId, Failure> {
         self.sequences.get(&sequence).copied().ok_or_else(|| {
             let what = format!("sequence: {sequence}, expected one that was created and not freed");
             Failure::new(QKV_ERROR_SEQUENCE, what)
@@ -126,24 +132,41 @@ impl Held {
     ///
     /// # Safety
     /// The tensors must be readable, and not be written meanwhile.
-    unsafe fn append(
+    pub(crate) unsafe fn append(
         &mut self,
         sequence: qkv_sequence,
-        [key, value]: &[Input; 2],
+        tokens: &[Input; 2],
         rotary: Option<(&Rotary, usize)>,
     ) -> Result<(), Failure> {
         let id = self.id(sequence)?;
+        let first = self.cache.len(id)?;
         // SAFETY: the caller's promise.
-        let (k, v) = unsafe { (key.data()?, value.data()?) };
-        let Some((rotary, key_dim)) = rotary else {
-            return Ok(self.cache.append(id, k, v)?);
-        };
-        let new = key.shape()[2];
-        let end = self.cache.len(id)?.saturating_add(new);
-        check_keys(rotary, key_dim, if new == 0 { 0 } else { end })?;
-        // The position and the length of a row have been found to fit.
-        Ok(self.cache.append_with(id, k, v, |position, row| drop(rotary.rotate(row, position)))?)
+        unsafe { append(&mut self.cache, id, tokens, rotary, first) }
     }
+}
+
+/// Adds tokens to a sequence, with keys rotated to the positions from `first` on.
+///
+/// # Safety
+/// The tensors must be readable, and not be written meanwhile.
+pub(crate) unsafe fn append(
+    cache: &mut PagedCache,
+    id: SequenceId,
+    [key, value]: &[Input; 2],
+    rotary: Option<(&Rotary, usize)>,
+    first: usize,
+) -> Result<(), Failure> {
+    // SAFETY: the caller's promise.
+    let (k, v) = unsafe { (key.data()?, value.data()?) };
+    let Some((rotary, key_dim)) = rotary else {
+        return Ok(cache.append(id, k, v)?);
+    };
+    let new = key.shape()[2];
+    check_keys(rotary, key_dim, if new == 0 { 0 } else { first.saturating_add(new) })?;
+    let held = cache.len(id)?;
+    // The position and the length of a row have been found to fit.
+    let rotate = |index: usize, row: &mut [f32]| drop(rotary.rotate(row, first + (index - held)));
+    Ok(cache.append_with(id, k, v, rotate)?)
 }
 
 /// A new, empty sequence; 0 where the cache is not there.
@@ -252,7 +275,7 @@ pub extern "C" fn qkv_paged_cache_bytes(cache: *const qkv_paged_cache) -> usize 
 ///
 /// # Safety
 /// `count` of them must be readable.
-unsafe fn copied(list: *const qkv_sequence, count: usize) -> Result<Vec<qkv_sequence>, Failure> {
+pub(crate) unsafe fn copied(list: *const qkv_sequence, count: usize) -> Result<Vec<qkv_sequence>, Failure> {
     if !is_given("sequences", list, count)? {
         return Ok(Vec::new());
     }
@@ -293,7 +316,7 @@ pub unsafe extern "C" fn qkv_paged_cache_attention(
 impl Held {
     /// # Safety
     /// The query must be readable, and not be written meanwhile.
-    unsafe fn attention(
+    pub(crate) unsafe fn attention(
         &self,
         list: &[qkv_sequence],
         query: &Input,
@@ -306,142 +329,5 @@ impl Held {
         // SAFETY: the caller's promise; a mask, whose values have not been looked at, is refused before it is read.
         let (spec, q) = unsafe { (options.spec(positions)?, query.data()?) };
         Ok(threads::run(|| attention_paged(q, query_ends, view.as_ref(), &spec, outputs))?)
-    }
-}
-
-/// A step of decoding, one token for each of several sequences: adds key and value (sequences, heads, 1, dim), token i to
-/// sequences[i], and then attends with query (sequences, query heads, 1, key dim), each over its own sequence.
-///
-/// The list has as many entries as the query's batch, none twice. With options->rotary the new keys are rotated too, and the
-/// queries, where rotary_positions are not given, to the same positions. A refused call leaves the sequences as they were.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn qkv_paged_decode(
-    cache: *mut qkv_paged_cache,
-    sequences: *const qkv_sequence,
-    query: *const qkv_tensor,
-    key: *const qkv_tensor,
-    value: *const qkv_tensor,
-    options: *const qkv_attention_options,
-    outputs: *const qkv_attention_outputs,
-) -> qkv_status {
-    guard(|| {
-        let cache = CACHES.get(cache)?;
-        // SAFETY: the caller's promise, see the header's text.
-        unsafe {
-            let step = Step::read([query, key, value], sequences, options, outputs)?;
-            let mut held = write(&cache.held)?;
-            let before: Result<Vec<_>, Failure> =
-                step.list.iter().map(|&sequence| Ok(held.cache.len(held.id(sequence)?)?)).collect();
-            let before = before?;
-            let result = step.run(&mut held, cache.key_dim, &before);
-            if result.is_err() {
-                for (&sequence, &length) in step.list.iter().zip(&before) {
-                    let id = held.id(sequence)?;
-                    // Those that the call did not come to hold what they held.
-                    held.cache.truncate(id, length)?;
-                }
-            }
-            result
-        }
-    })
-}
-
-/// A decode step, looked at.
-struct Step {
-    list: Vec<qkv_sequence>,
-    query: Input,
-    tokens: [Input; 2],
-    options: Options,
-    results: Results,
-}
-
-impl Step {
-    /// # Safety
-    /// Each must be NULL, misaligned, or lead to what it says.
-    unsafe fn read(
-        [query, key, value]: [*const qkv_tensor; 3],
-        sequences: *const qkv_sequence,
-        options: *const qkv_attention_options,
-        outputs: *const qkv_attention_outputs,
-    ) -> Result<Self, Failure> {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let query = Input::read("query", query)?;
-            let tokens = new_tokens(key, value)?;
-            let [batch, heads, length, dim] = query.shape();
-            for (input, argument) in [
-                (&query, qkv::Argument::Query),
-                (&tokens[0], qkv::Argument::Key),
-                (&tokens[1], qkv::Argument::Value),
-            ] {
-                for (axis, index, expected) in [("batch", 0, batch), ("length", 2, 1)] {
-                    let given = input.shape()[index];
-                    if given != expected {
-                        let because_of = qkv::Argument::Query;
-                        return Err(AttentionError::ShapeMismatch {
-                            argument,
-                            axis,
-                            given,
-                            expected,
-                            because_of,
-                        }
-                        .into());
-                    }
-                }
-            }
-            let list = copied(sequences, batch)?;
-            let mut sorted = list.clone();
-            sorted.sort_unstable();
-            if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-                let what = format!("sequences: {} comes twice, expected once at most", twice[0]);
-                return Err(Failure::new(QKV_ERROR_VALUE, what));
-            }
-            // As the packed call will see it: one row of `batch` tokens.
-            let packed = [1, heads, batch, dim];
-            let options = Options::read(options, Sizes { query: packed, sequences: batch })?;
-            let results = Results::read(outputs, batch * heads * length)?;
-            let read = regions(&[query, tokens[0], tokens[1]], &options);
-            check_apart(&results.regions(), &read)?;
-            Ok(Self { list, query: query.as_packed(), tokens, options, results })
-        }
-    }
-
-    /// # Safety
-    /// As `attention::compute`.
-    unsafe fn run(&self, held: &mut Held, key_dim: usize, before: &[usize]) -> Result<(), Failure> {
-        let rotary = self.options.rotary.as_deref().map(|rotary| (rotary, key_dim));
-        for (index, &sequence) in self.list.iter().enumerate() {
-            let token = self.tokens.map(|input| input.of_batch(index));
-            // SAFETY: the caller's promise.
-            unsafe { held.append(sequence, &token, rotary) }?;
-        }
-        let query_ends: Vec<usize> = (0..=self.list.len()).collect();
-        // LSE and maxima of a packed call are (heads, sequences), those asked for (sequences, heads).
-        let [_, heads, count, _] = self.query.shape();
-        let (mut lse, mut maxima) = (vec![0.0; heads * count], vec![0.0; heads * count]);
-        let mut results = self.results;
-        results.output = as_packed(results.output);
-        let [has_lse, has_maxima] = [results.has_lse(), results.has_maxima()];
-        // SAFETY: the caller's promise.
-        let mut outputs = unsafe { results.outputs() }?;
-        outputs.lse = has_lse.then_some(lse.as_mut_slice());
-        outputs.maxima = has_maxima.then_some(maxima.as_mut_slice());
-        // SAFETY: the caller's promise.
-        unsafe { held.attention(&self.list, &self.query, &query_ends, (&self.options, before), outputs) }?;
-        let turned = |to: &mut [f32], from: &[f32]| {
-            for (at, value) in to.iter_mut().enumerate() {
-                let (sequence, head) = (at / heads, at % heads);
-                *value = from[head * count + sequence];
-            }
-        };
-        // SAFETY: the caller's promise, in both; the call above has ended.
-        if let (true, Some(to)) = (has_lse, unsafe { results.lse() }) {
-            turned(to, &lse);
-        }
-        // SAFETY: as above.
-        if let (true, Some(to)) = (has_maxima, unsafe { results.maxima() }) {
-            turned(to, &maxima);
-        }
-        Ok(())
     }
 }

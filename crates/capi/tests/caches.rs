@@ -245,6 +245,109 @@ fn decoding_with_pages_that_sequences_share() {
     assert_eq!(qkv_paged_cache_sequence(cache), 0);
 }
 
+/// A prompt of 2 tokens in a page of 4, held by four sequences, in a pool of that many pages and storage.
+fn shared_page(pages: i64, dtype: qkv_dtype) -> (*mut qkv_paged_cache, [qkv_sequence; 4]) {
+    let mut config: qkv_paged_cache_config = zeroed();
+    (config.pages, config.page_size, config.kv_heads, config.dtype) = (pages, 4, 2, dtype);
+    (config.key_dim, config.value_dim) = (DIM as i64, DIM as i64);
+    let mut cache = std::ptr::null_mut();
+    // SAFETY: the structs are there.
+    ok(unsafe { qkv_paged_cache_create(&config, &mut cache) });
+    let first = qkv_paged_cache_sequence(cache);
+    append(cache, first, 2);
+    (cache, std::array::from_fn(|i| if i == 0 { first } else { qkv_paged_cache_fork(cache, first) }))
+}
+
+fn append(cache: *mut qkv_paged_cache, sequence: qkv_sequence, tokens: usize) {
+    let kv = Made::f32(&mut Random::new(7), [1, 2, tokens, DIM]);
+    // SAFETY: everything described is there.
+    ok(unsafe { qkv_paged_cache_append(cache, sequence, &kv.tensor(), &kv.tensor(), null()) });
+}
+
+/// A step of these sequences, with something about it changed.
+fn step(
+    cache: *mut qkv_paged_cache,
+    list: &[qkv_sequence],
+    change: &dyn Fn(&mut qkv_attention_options, &mut qkv_attention_outputs, &mut [f32]),
+) -> qkv_status {
+    let n = list.len();
+    let q = Made::f32(&mut Random::new(8), [n, 4, 1, DIM]);
+    let mut values = Random::new(9).floats(n * 2 * DIM);
+    let mut out = vec![f32::NAN; n * 4 * DIM];
+    let mut outputs = output(&mut out, [n, 4, 1, DIM]);
+    let mut options = zeroed();
+    change(&mut options, &mut outputs, &mut values);
+    let kv = Made::of(values, [n, 2, 1, DIM]);
+    let [q, kv] = [q.tensor(), kv.tensor()];
+    // SAFETY: everything described is there.
+    let status = unsafe { qkv_paged_decode(cache, list.as_ptr(), &q, &kv, &kv, &options, &outputs) };
+    assert!(status == QKV_OK || out.iter().all(|x| x.is_nan()));
+    status
+}
+
+#[test]
+fn a_refused_step_copies_no_page() {
+    let (cache, list) = shared_page(8, QKV_DTYPE_I8);
+    let refused = |change: &dyn Fn(&mut qkv_attention_options, &mut qkv_attention_outputs, &mut [f32])| {
+        let status = step(cache, &list, change);
+        assert_eq!(qkv_paged_cache_free_pages(cache), 7, "{}", message());
+        assert!(list.iter().all(|&sequence| qkv_paged_cache_length(cache, sequence) == 2));
+        (status, message())
+    };
+    for (change, argument) in [
+        (
+            (|options, _, _| options.softcap = -1.0) as fn(&mut qkv_attention_options, &mut _, &mut [f32]),
+            "softcap",
+        ),
+        (|options, _, _| options.prefix = integers(&[0, 0, 0, 9]), "prefix"),
+        (|_, outputs: &mut qkv_attention_outputs, _| outputs.output.shape[3] -= 1, "output"),
+        // The last of the tokens that the cache has no scale for.
+        (|_, _, values| values[values.len() - 1] = f32::INFINITY, "key"),
+    ] {
+        let (status, text) = refused(&change);
+        assert!(status != QKV_OK && text.starts_with(argument), "{status:?} {text}");
+    }
+    // Tables of 3 positions have the third token, those of 2 have not.
+    for (positions, status) in [(2, QKV_ERROR_VALUE), (3, QKV_OK)] {
+        let mut config: qkv_rotary_config = zeroed();
+        (config.head_dim, config.max_length) = (DIM as i64, positions);
+        let mut rotary = std::ptr::null_mut();
+        // SAFETY: the structs are there.
+        ok(unsafe { qkv_rotary_create(&config, &mut rotary) });
+        let change = |options: &mut qkv_attention_options, _: &mut _, _: &mut [f32]| options.rotary = rotary;
+        if status == QKV_OK {
+            ok(step(cache, &list, &change));
+        } else {
+            assert_eq!(refused(&change), (status, "position: 2, expected below max_length, 2".to_owned()));
+        }
+        ok(qkv_rotary_destroy(rotary));
+    }
+    assert_eq!(qkv_paged_cache_free_pages(cache), 4);
+    ok(qkv_paged_cache_destroy(cache));
+}
+
+#[test]
+fn a_step_needs_a_copy_for_all_but_the_last_of_a_page() {
+    let (cache, list) = shared_page(4, QKV_DTYPE_F32);
+    let other = qkv_paged_cache_sequence(cache);
+    append(cache, other, 2);
+    let plain = |_: &mut qkv_attention_options, _: &mut qkv_attention_outputs, _: &mut [f32]| {};
+    assert_eq!(step(cache, &list, &plain), QKV_ERROR_FULL);
+    assert_eq!(message(), "key: the new tokens need 3 pages, expected at most the 2 that are free");
+    assert_eq!(qkv_paged_cache_free_pages(cache), 2);
+    // With three of four the page stays as it is, and all three need one.
+    assert_eq!(step(cache, &list[..3], &plain), QKV_ERROR_FULL);
+    assert_eq!(qkv_paged_cache_free_pages(cache), 2);
+    ok(qkv_paged_cache_free(cache, other));
+    ok(step(cache, &list, &plain));
+    assert_eq!(qkv_paged_cache_free_pages(cache), 0);
+    // Nobody shares any more, and each has room for one.
+    ok(step(cache, &list, &plain));
+    assert_eq!(step(cache, &list[..1], &plain), QKV_ERROR_FULL);
+    assert!(list.iter().all(|&sequence| qkv_paged_cache_length(cache, sequence) == 4));
+    ok(qkv_paged_cache_destroy(cache));
+}
+
 /// Scalings come through with all their numbers.
 #[test]
 fn rotary_scalings() {

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 /// The files of the header, in its order.
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 11] = [
     "types.rs",
     "lists.rs",
     "status.rs",
@@ -15,6 +15,7 @@ const SOURCES: [&str; 10] = [
     "plan.rs",
     "cache.rs",
     "paged.rs",
+    "paged_decode.rs",
 ];
 
 fn made() -> Result<String, Box<dyn std::error::Error>> {

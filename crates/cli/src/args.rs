@@ -85,8 +85,8 @@ pub(crate) enum Command {
     /// neighbouring heads are joined.
     ///
     /// The naive reference is the textbook's three steps in f32 on one thread: scores, softmax, weighted sum. Errors
-    /// are against the same steps in f64. qkv fails where its largest error is above 4 times the naive one plus 4 units
-    /// in the last place of the largest value.
+    /// are against the same steps in f64. qkv, and an output stored with the input, fails where its largest error is
+    /// above 4 times the naive one plus 4 units in the last place of the largest value.
     #[command(after_help = COMPARE)]
     Compare(CompareArgs),
     /// Show each step of attention on a short sentence.

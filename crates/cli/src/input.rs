@@ -197,15 +197,26 @@ fn tensor(file: &str, name: &str, view: TensorView<'_>) -> Result<Tensor, Failur
             )));
         }
     };
+    if shape.contains(&0) {
+        return Err(refuse(format!("has shape {:?}, expected sizes of at least 1", view.shape())));
+    }
     let values =
         view.data().chunks_exact(4).map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
     Tensor::from_vec(values.collect(), shape).map_err(|error| refuse(error.to_string()))
 }
 
-/// A random input. Sizes that the machine cannot hold are refused before anything is allocated.
+/// A random input. Sizes of 0, with which there is nothing to measure, and those that the machine cannot hold are refused
+/// before anything is allocated.
 pub(crate) fn random(shape: ShapeArg, kv_heads: Option<usize>) -> Result<Input, Failure> {
     let kv_heads = kv_heads.unwrap_or(shape.heads);
     let ShapeArg { batch, heads, length, dim } = shape;
+    for (axis, size) in
+        [("batch", batch), ("heads", heads), ("length", length), ("head dim", dim), ("--kv-heads", kv_heads)]
+    {
+        if size == 0 {
+            return Err(Failure::new(format!("--shape {shape}: {axis} is 0, expected at least 1")));
+        }
+    }
     require(&format!("--shape {shape}"), call_bytes(shape, kv_heads))?;
     let make = |seed, heads| {
         let mut random = Uniform::new(seed);
@@ -348,6 +359,10 @@ mod tests {
             (
                 &[("q", shape), ("k", shape), ("v", shape), ("out", &[3, 3, 4])],
                 "file: tensor out has shape [1, 3, 3, 4], expected [1, 2, 3, 4]",
+            ),
+            (
+                &[("q", shape), ("k", &[2, 0, 4]), ("v", &[2, 0, 4])],
+                "file: tensor k has shape [2, 0, 4], expected sizes of at least 1",
             ),
         ] {
             let error = read(&file(tensors), "file", None).unwrap_err().to_string();

@@ -186,9 +186,10 @@ impl From<IsaError> for Failure {
 /// Help and version go where results go; everything else that clap has to say is a refusal, told in one line.
 fn not_parsed(error: &clap::Error) -> ExitCode {
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
-        // A reader who went away does not miss the rest.
-        let _ = error.print();
-        return ExitCode::SUCCESS;
+        return match output::sent(error.print()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => refuse(&format!("cannot write the help: {error}")),
+        };
     }
     // The first paragraph names the argument and the fault; usage and hints follow after an empty line.
     let whole = error.render().to_string();

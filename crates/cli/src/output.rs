@@ -22,8 +22,12 @@ pub(crate) fn complain(line: &str) {
 
 /// Writes to standard output. A reader who has closed it is no error.
 pub(crate) fn print(text: &str) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    sent(io::stdout().lock().write_all(text.as_bytes()))
+}
+
+/// What became of a write to standard output, once all of it has left.
+pub(crate) fn sent(written: io::Result<()>) -> io::Result<()> {
+    match written.and_then(|()| io::stdout().flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,
     }

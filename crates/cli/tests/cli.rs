@@ -40,6 +40,14 @@ fn succeeds(args: &[&str]) -> String {
     out.to_owned()
 }
 
+/// A comparison that fails; what it says on both streams.
+fn fails(args: &[&str]) -> (String, String) {
+    let output = run(args);
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(1), "{args:?}: {out}{err}");
+    (out.to_owned(), err.to_owned())
+}
+
 /// A run that is refused: exit code 2, nothing on standard output, one line on standard error that contains `because`.
 fn refused(command: &mut Command, because: &[&str]) {
     let output = command.output().expect("the program starts");
@@ -151,6 +159,8 @@ fn bad_command_lines_are_refused_in_one_line() {
 fn shapes_that_do_not_work_are_refused() {
     for subcommand in ["compare", "bench"] {
         for (shape, kv_heads, because) in [
+            ("0,1,1,1", None, "--shape 0,1,1,1: batch is 0, expected at least 1"),
+            ("1,2,0,8", None, "--shape 1,2,0,8: length is 0, expected at least 1"),
             ("1,0,16,8", None, "heads is 0"),
             ("1,2,16,0", None, "head dim is 0"),
             ("1,4,16,8", Some("0"), "heads is 0"),
@@ -160,7 +170,7 @@ fn shapes_that_do_not_work_are_refused() {
             ("1,1,99999999999,64", None, "of memory"),
             ("1,1,1,99999999999", None, "of memory"),
             ("99999999999,99999999999,99999999999,99999999999", None, "of memory"),
-            ("1152921504606846976,1,0,64", None, "of memory"),
+            ("1152921504606846976,1,1,64", None, "of memory"),
             ("1,1,18446744073709551615,1", None, "of memory"),
         ] {
             let mut command = qkv(&[subcommand, "--shape", shape]);
@@ -210,6 +220,11 @@ fn files_that_do_not_work_are_refused() {
             "length",
             safetensors(&[("q", f32, shape), ("k", f32, shape), ("v", f32, &[2, 23, 8])]),
             &["value: length is 23, expected 24"],
+        ),
+        (
+            "nothing",
+            safetensors(&[("q", f32, shape), ("k", f32, &[2, 0, 8]), ("v", f32, &[2, 0, 8])]),
+            &["tensor k has shape [2, 0, 8], expected sizes of at least 1"],
         ),
     ] {
         let file = TempFile::new(name, &bytes);
@@ -347,17 +362,30 @@ fn compare_takes_the_users_tensors() {
         ("net.1.out", f32, &[2, 1, 17, 8]),
     ]);
     let file = TempFile::new("good", &bytes);
-    let both = json(&["compare", "--input", file.path(), "--repeat", "1"]);
+    let (both, err) = fails(&["compare", "--input", file.path(), "--repeat", "1", "--json"]);
+    let both: Value = serde_json::from_str(&both).expect("one JSON document");
     let rows = both["rows"].as_array().expect("rows");
     assert_eq!(rows.len(), 4);
     assert_eq!(rows[0]["shape"]["query_heads"], 4);
     assert_eq!(rows[0]["shape"]["value_dim"], 6);
     assert_eq!(rows[2]["name"], "net.1");
-    // The stored output here is nonsense; it is reported, and does not decide.
+    // The stored output here is nonsense, nothing else is wrong.
     assert!(rows[2]["stored"]["max_difference_to_qkv"].as_f64().is_some_and(|x| x > 0.0));
-    let one = json(&["compare", "--input", file.path(), "--prefix", "net.1", "--causal", "--repeat", "1"]);
-    assert_eq!(one["rows"].as_array().map(Vec::len), Some(1));
-    assert!(one["rows"][0]["stored"].is_object());
+    assert_eq!((&both["passed"], &rows[2]["stored"]["passed"]), (&Value::from(false), &Value::from(false)));
+    let passed: Vec<_> = rows.iter().map(|row| row["passed"].as_bool()).collect();
+    assert_eq!(passed, [true, true, false, true].map(Some));
+    let complaint = "failed: net.1, full: the largest error of the stored output is ";
+    assert!(err.starts_with(complaint) && err.lines().count() == 1, "{err}");
+    let one = ["compare", "--input", file.path(), "--prefix", "net.1", "--causal", "--repeat", "1"];
+    let (text, err) = fails(&one);
+    assert!(
+        text.contains("net.1: the output stored with it is within ") && text.contains("FAILED."),
+        "{text}"
+    );
+    assert_eq!(text.matches("FAILED").count(), 2, "{text}");
+    assert!(err.starts_with("failed: net.1, causal: the largest error of the stored output is "), "{err}");
+    assert_width(&text, &one);
+    assert!(json(&["compare", "--quick", "--repeat", "1"])["rows"][0]["stored"]["passed"] == true);
 }
 
 #[test]
@@ -381,15 +409,6 @@ fn the_exit_code_is_the_verdict() {
     let err = text(&output.stderr);
     assert_eq!(err.is_empty(), passed, "{err}");
     assert!(passed || err.starts_with("failed: q, k, v, full: the largest error of qkv is "), "{err}");
-}
-
-#[test]
-fn empty_sequences_and_batches_are_fine() {
-    for shape in ["0,2,16,8", "2,2,0,8"] {
-        let compare = json(&["compare", "--shape", shape, "--repeat", "1"]);
-        assert_eq!(compare["passed"], true, "{shape}");
-        assert_width(&succeeds(&["bench", "--shape", shape, "--repeat", "1"]), &[shape]);
-    }
 }
 
 #[test]
@@ -429,4 +448,16 @@ fn a_reader_who_goes_away_is_no_error() {
     let status = child.wait().expect("the program ends");
     let err = BufReader::new(child.stderr.take().expect("piped")).lines().count();
     assert_eq!((status.code(), err), (Some(0), 0));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn what_cannot_be_written_is_no_success() {
+    for args in [&["--help"][..], &["--version"], &["bench", "--help"], &["walkthrough"]] {
+        let full = std::fs::File::options().write(true).open("/dev/full").expect("Linux has it");
+        let output = qkv(args).stdout(full).output().expect("the program starts");
+        let err = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {err}");
+        assert!(err.starts_with("error: cannot write the ") && err.lines().count() == 1, "{args:?}: {err}");
+    }
 }

@@ -174,7 +174,7 @@ impl fmt::Display for GemmError {
             }
             Self::Memory { argument, given } => write!(
                 f,
-                "{argument}: a {} x {} matrix given, expected one whose packed copy fits in memory",
+                "{argument}: a {} x {} matrix given, expected one that fits in memory",
                 given.0, given.1
             ),
             Self::Isa(error) => error.fmt(f),

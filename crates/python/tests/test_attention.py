@@ -178,11 +178,11 @@ def test_a_visible_nan_stays_in_its_row(rng):
 
 def test_any_byte_but_zero_of_a_mask_takes_part(rng):
     q, k = (rng.standard_normal((1, 2, n, 8)).astype(np.float32) for n in (3, 150))
-    given = rng.choice(np.array([0, 1, 2, 128, 255], np.uint8), (3, 150))
-    want = qkv.attention(q, k, k, mask=given != 0)
-    assert np.array_equal(qkv.attention(q, k, k, mask=given.view(bool)), want)
-    tensors = [torch.from_numpy(x) for x in (q, k, given)]
-    got = qkv.scaled_dot_product_attention(tensors[0], tensors[1], tensors[1], tensors[2].view(torch.bool))
+    mask = rng.choice(np.array([0, 1, 2, 128, 255], np.uint8), (3, 150))
+    want = qkv.attention(q, k, k, mask=mask != 0)
+    assert np.array_equal(qkv.attention(q, k, k, mask=mask.view(bool)), want)
+    query, key, seen = (torch.from_numpy(x) for x in (q, k, mask))
+    got = qkv.scaled_dot_product_attention(query, key, key, seen.view(torch.bool))
     assert np.array_equal(got.numpy(), want)
 
 

@@ -58,12 +58,19 @@ macro_rules! elements {
 elements!(f32, f16, bf16);
 
 /// The array, or a copy where its last axis is not contiguous.
-fn with_contiguous_rows<T: Element>(array: ArrayView4<'_, T>) -> CowArray<'_, T, Ix4> {
-    if array.len_of(Axis(3)) > 1 && array.stride_of(Axis(3)) != 1 {
-        // Not `to_owned`, which keeps the order of the axes in memory.
-        return array.as_standard_layout().into_owned().into();
+fn with_contiguous_rows<'a, T: Element>(
+    array: ArrayView4<'a, T>,
+    argument: &'static str,
+) -> Result<CowArray<'a, T, Ix4>, AttentionError> {
+    if array.len_of(Axis(3)) <= 1 || array.stride_of(Axis(3)) == 1 {
+        return Ok(array.into());
     }
-    array.into()
+    let with = "a last axis that is not contiguous, where memory has no room for a copy";
+    let too_large = AttentionError::NotTogether { argument, with };
+    let shape = array.dim();
+    let Some(mut values) = room(shape.into()) else { return Err(too_large) };
+    array.iter().for_each(|&value| values.push(value));
+    Array4::from_shape_vec(shape, values).map(CowArray::from).map_err(|_| too_large)
 }
 
 fn view<'a, T: Element>(array: &'a CowArray<'_, T, Ix4>) -> Result<Data<'a>, AttentionError> {
@@ -75,7 +82,7 @@ fn view<'a, T: Element>(array: &'a CowArray<'_, T, Ix4>) -> Result<Data<'a>, Att
 /// [`crate::attention`] of arrays, into a new one of the queries' type, (batch, query heads, query length, value dim).
 ///
 /// # Errors
-/// As [`crate::attention`].
+/// As [`crate::attention`], and where memory has no room for the copy of an input ([`AttentionError::NotTogether`]).
 pub fn attention<T: Element, K: Element>(
     q: ArrayView4<'_, T>,
     k: ArrayView4<'_, K>,
@@ -127,7 +134,8 @@ fn into<T: Element, K: Element>(
     out: ArrayViewMut4<'_, T>,
     lse: Option<&mut [f32]>,
 ) -> Result<(), AttentionError> {
-    let (q, k, v) = (with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v));
+    let q = with_contiguous_rows(q, "query")?;
+    let (k, v) = (with_contiguous_rows(k, "key")?, with_contiguous_rows(v, "value")?);
     let out = TensorMut::try_from(out).map_err(|_| AttentionError::NotTogether {
         argument: "output",
         with: "a last axis that is not contiguous",
@@ -146,33 +154,39 @@ fn new_output<T: Element, K>(
     filled([batch, heads, length, v.len_of(Axis(3))], T::default())
 }
 
-/// An array of this shape. Views that broadcast can ask for any number of results, so the memory is asked for in vain first:
-/// what cannot be had is an error there and would be an abort below.
+/// Memory for an array of this shape, if it is to be had. Views that broadcast can ask for any number of values, and memory
+/// that is not asked for like this ends the process.
+fn room<T>(shape: [usize; 4]) -> Option<Vec<T>> {
+    // An array counts the axes of no elements as one.
+    let nonzero = shape.iter().filter(|&&size| size > 0);
+    let most = nonzero.copied().try_fold(1usize, |count, size| count.checked_mul(size))?;
+    isize::try_from(most).ok()?;
+    let mut values = Vec::new();
+    values.try_reserve_exact(shape.iter().product()).ok()?;
+    Some(values)
+}
+
 fn filled<T: Clone>(shape: [usize; 4], value: T) -> Result<Array4<T>, AttentionError> {
     let too_large = AttentionError::TooLarge { shape };
-    let nonzero = shape.iter().filter(|&&size| size > 0);
-    let fits = nonzero.copied().try_fold(1usize, |count, size| count.checked_mul(size));
-    match fits {
-        Some(most) if isize::try_from(most).is_ok() => {}
-        _ => return Err(too_large),
-    }
-    let count: usize = shape.iter().product();
-    match Vec::<T>::new().try_reserve_exact(count) {
-        Ok(()) => Array4::from_shape_vec(shape, vec![value; count]).map_err(|_| too_large),
-        Err(_) => Err(too_large),
+    // Not into this: zeros of a new vector cost nothing until they are touched.
+    match room::<T>(shape) {
+        Some(_) => {
+            let values = vec![value; shape.iter().product()];
+            Array4::from_shape_vec(shape, values).map_err(|_| too_large)
+        }
+        None => Err(too_large),
     }
 }
 
 /// The matrix product of two arrays of f32, with any strides: (m, k) @ (k, n) gives (m, n).
 ///
 /// # Errors
-/// Where `b` has not as many rows as `a` has columns.
+/// Where `b` has not as many rows as `a` has columns, or the memory for the result cannot be had.
 pub fn matmul(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) -> Result<Array2<f32>, GemmError> {
     let (rows, cols) = (a.nrows(), b.ncols());
-    if rows.checked_mul(cols).is_none_or(|count| isize::try_from(count.saturating_mul(4)).is_err()) {
-        return Err(GemmError::Overflow { argument: "c", rows, cols, row_stride: isize::MAX, col_stride: 1 });
-    }
-    let mut c = Array2::zeros((rows, cols));
+    let too_large = || GemmError::Memory { argument: "c", given: (rows, cols) };
+    let c = filled([1, 1, rows, cols], 0.0).map_err(|_| too_large())?;
+    let mut c = c.into_shape_with_order((rows, cols)).map_err(|_| too_large())?;
     gemm(MatRef::from(a), MatRef::from(b), &mut MatMut::from(c.view_mut()), &GemmSpec::default())?;
     Ok(c)
 }

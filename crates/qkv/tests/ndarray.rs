@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 use ndarray::{Array, Array2, Array3, Array4, ArrayView4, Axis, Dimension, IxDyn, s};
-use qkv::gemm::{GemmSpec, MatMut, MatRef, gemm};
+use qkv::gemm::{GemmError, GemmSpec, MatMut, MatRef, gemm};
 use qkv::ndarray::{Element, ViewError, attention, attention_into_array, attention_with_lse, matmul};
 use qkv::{
     Argument, AttentionError, AttentionSpec, Bias, Broadcast, Causal, Data, Tensor, TensorError, TensorMut,
@@ -172,6 +172,25 @@ fn refusals() {
     let huge = one.broadcast((1 << 31, 1 << 20, 1, 9)).unwrap();
     let error = attention(huge, huge, huge, &spec).unwrap_err();
     assert!(matches!(error, AttentionError::TooLarge { .. }));
+    // Or a copy of the keys or values.
+    let gaps = one.slice(s![.., .., .., ..;3]);
+    let long = gaps.broadcast((1, 1, 1 << 42, 3)).unwrap();
+    for (k, v, argument) in [(long, one.view(), "key"), (gaps, long, "value")] {
+        let error = attention(gaps, k, v, &spec).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!(
+                "{argument}: not supported together with a last axis that is not contiguous, where memory has no room \
+                 for a copy"
+            )
+        );
+    }
+    // Or a product.
+    let (a, b) = (Array2::zeros((1, 1)), Array2::zeros((1, 1)));
+    for (rows, cols) in [(1 << 21, 1 << 22), (1 << 40, 1 << 40)] {
+        let error = matmul(a.broadcast((rows, 1)).unwrap(), b.broadcast((1, cols)).unwrap()).unwrap_err();
+        assert_eq!(error, GemmError::Memory { argument: "c", given: (rows, cols) });
+    }
 }
 
 #[test]
