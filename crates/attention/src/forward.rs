@@ -154,10 +154,7 @@ pub(crate) fn run<R: ScoreRule>(
     outputs: Outputs<'_>,
     (shape, sequences): (Shape, Sequences),
 ) -> Result<(), AttentionError> {
-    let Outputs { out, lse, maxima } = outputs;
-    check_output(&shape, &out)?;
-    let lse = lse.map(|lse| per_row_view(&shape, Argument::Lse, lse)).transpose()?;
-    let maxima = maxima.map(|maxima| per_row_view(&shape, Argument::Maxima, maxima)).transpose()?;
+    let (out, lse, maxima) = check_outputs(&shape, outputs)?;
     if R::ACTIVE {
         short_enough(&shape)?;
     }
@@ -239,6 +236,18 @@ fn output_shape(shape: &Shape) -> [usize; 4] {
 
 fn lse_shape(shape: &Shape) -> [usize; 3] {
     [shape.batch, shape.query_heads, shape.query_len]
+}
+
+/// The output, LSE and maxima, if their shapes are those of the results.
+pub(crate) fn check_outputs<'a>(
+    shape: &Shape,
+    outputs: Outputs<'a>,
+) -> Result<(DataMut<'a>, Option<TensorMut<'a>>, Option<TensorMut<'a>>), AttentionError> {
+    let Outputs { out, lse, maxima } = outputs;
+    check_output(shape, &out)?;
+    let lse = lse.map(|lse| per_row_view(shape, Argument::Lse, lse)).transpose()?;
+    let maxima = maxima.map(|maxima| per_row_view(shape, Argument::Maxima, maxima)).transpose()?;
+    Ok((out, lse, maxima))
 }
 
 pub(crate) fn check_output(shape: &Shape, out: &DataMut<'_>) -> Result<(), AttentionError> {

@@ -54,7 +54,7 @@ pub use error::{Argument, AttentionError, TensorError};
 pub use forward::{
     Explanation, Outputs, attention, attention_into, attention_with_lse, attention_with_rule, explain,
 };
-pub use packed::{Packed, attention_packed, attention_paged};
+pub use packed::{Packed, attention_packed, attention_paged, check_paged};
 pub use plan::{BlockCounts, Plan};
 pub use shape::Shape;
 pub use spec::{AttentionSpec, Bias, Causal, QueryRotary, T5Bias, Window};

@@ -1,7 +1,9 @@
 //! Sequences of different lengths in one call: packed one after the other, or in the pages of a cache.
 
+use qkv_simd::Isa;
+
 use crate::check::{ascending, check_axis, check_inputs, check_per_sequence, count};
-use crate::forward::run_plain;
+use crate::forward::{check_outputs, run_plain};
 use crate::interval::Segment;
 use crate::kv_rows::KvRows;
 use crate::plan::Sequences;
@@ -76,7 +78,37 @@ pub fn attention_paged<'a>(
     outputs: Outputs<'_>,
 ) -> Result<(), AttentionError> {
     let q = q.into();
-    let PagedRef { keys, values, tables, lengths } = paged;
+    let checked = check_pages(&q, query_ends, &paged, spec)?;
+    let rows = [paged.keys, paged.values].map(|data| KvRows { data, tables: Some(paged.tables) });
+    run_plain(q, rows, spec, outputs, checked)
+}
+
+/// Whether [`attention_paged`] would refuse this; nothing is computed, and no key, value or query is looked at. For who has to know
+/// before keys and values are there.
+///
+/// # Errors
+/// As [`attention_paged`].
+pub fn check_paged<'a>(
+    q: impl Into<Data<'a>>,
+    query_ends: &[usize],
+    paged: PagedRef<'a>,
+    spec: &AttentionSpec<'_>,
+    outputs: Outputs<'_>,
+) -> Result<(), AttentionError> {
+    let (shape, _) = check_pages(&q.into(), query_ends, &paged, spec)?;
+    check_outputs(&shape, outputs)?;
+    Isa::active()?;
+    Ok(())
+}
+
+/// The checks of [`attention_paged`] but for its outputs.
+fn check_pages(
+    q: &Data<'_>,
+    query_ends: &[usize],
+    paged: &PagedRef<'_>,
+    spec: &AttentionSpec<'_>,
+) -> Result<(Shape, Sequences), AttentionError> {
+    let &PagedRef { ref keys, ref values, tables, lengths } = paged;
     let [pages, kv_heads, page_size, key_dim] = keys.shape();
     let [value_pages, value_heads, value_page_size, value_dim] = values.shape();
     check_axis(Argument::Value, "batch", value_pages, pages, Argument::Key)?;
@@ -109,9 +141,7 @@ pub fn attention_paged<'a>(
         let (first_query, query_len) = (query[0], query[1] - query[0]);
         (Segment { batch: 0, index, first_query, query_len, first_key: 0, key_len }, 0)
     });
-    let sequences = Sequences::Packed(segments.collect());
-    let rows = [keys, values].map(|data| KvRows { data, tables: Some(tables) });
-    run_plain(q, rows, spec, outputs, (shape, sequences))
+    Ok((shape, Sequences::Packed(segments.collect())))
 }
 
 /// Refuses what has no meaning for a packed batch.

@@ -3,8 +3,7 @@
 use std::collections::HashMap;
 
 use qkv::cache::{CacheError, PagedCache, SequenceId};
-use qkv::simd::Isa;
-use qkv::{Argument, AttentionError, Outputs, PagedRef, attention_paged};
+use qkv::{Argument, AttentionError, Outputs, PagedRef, check_paged};
 
 use crate::attention::regions;
 use crate::cache::new_tokens;
@@ -161,15 +160,12 @@ impl Step {
         all
     }
 
-    /// Refuses what attention would refuse once the tokens are there, without computing anything.
-    ///
-    /// The Rust crate checks row maxima last, so maxima of a wrong length ask for the checks alone. It sees sequences of
-    /// the lengths that will be, all of the pool's first page.
+    /// Refuses what attention would refuse once the tokens are there: for sequences of the lengths that will be, all of the pool's
+    /// first page.
     ///
     /// # Safety
     /// As `attention::compute`.
     unsafe fn check_attention(&self, cache: &PagedCache, before: &[usize]) -> Result<(), Failure> {
-        Isa::active()?;
         let lengths: Vec<usize> = before.iter().map(|&length| length + 1).collect();
         let pages = |length: usize| length.div_ceil(cache.page_size());
         let longest = vec![0; pages(lengths.iter().copied().max().unwrap_or(0))];
@@ -177,19 +173,12 @@ impl Step {
         let view = cache.view(&[])?;
         let paged = PagedRef { tables: &tables, lengths: &lengths, ..view.as_ref() };
         let query_ends: Vec<usize> = (0..=self.list.len()).collect();
-        let [_, heads, count, _] = self.query.shape();
-        let mut wrong = vec![0.0; usize::from(heads * count == 0)];
         // SAFETY: the caller's promise, in all of them; masks are refused before they are read.
         let (spec, q, out) = unsafe {
             let out = data_mut(&as_packed(self.results.output))?;
             (self.options.spec(before)?, self.query.data()?, out)
         };
-        let mut outputs = Outputs::new(out);
-        outputs.maxima = Some(&mut wrong);
-        match attention_paged(q, &query_ends, paged, &spec, outputs) {
-            Err(AttentionError::LseLength { argument: Argument::Maxima, .. }) => Ok(()),
-            other => Ok(other?),
-        }
+        Ok(check_paged(q, &query_ends, paged, &spec, Outputs::new(out))?)
     }
 
     /// # Safety

@@ -30,7 +30,7 @@ pub use qkv_attention::{
     Explanation, HalfKind, Int8Ref, KeysValues, Outputs, Packed, PagedRef, Plan, QueryRotary, Selection,
     Shape, T5Bias, Tensor, TensorError, TensorMut, TensorRef, Window, attention, attention_cascade,
     attention_into, attention_packed, attention_paged, attention_weights, attention_with_lse,
-    attention_with_rule, cache, explain, merge, reference, rotary, rule,
+    attention_with_rule, cache, check_paged, explain, merge, reference, rotary, rule,
 };
 pub use qkv_gemm as gemm;
 pub use qkv_simd as simd;
