@@ -106,16 +106,23 @@ def test_random(name, kind):
         )
 
 
-def test_plain_causal_is_none():
+def test_none_only_where_it_cannot_be_read_otherwise():
     m = masking_utils
-    assert check(True, 2, 7, 7) is None
     assert check(True, 2, 1, 9, q_offset=8) is None
-    assert check(True, 2, 7, 7, attention_mask=torch.ones(2, 7, dtype=torch.bool)) is None
-    assert check(True, 2, 7, 7, mask_function=m.sliding_window_causal_mask_function(7), local_size=7) is None
-    # The prompt of a static cache: keys that are not filled yet lie behind the last query.
-    assert check(True, 2, 7, 32, q_offset=torch.tensor(0), attention_mask=torch.ones(2, 7, dtype=torch.bool)) is not None
-    assert check(True, 2, 7, 32, q_offset=torch.tensor(0)) is None
-    assert check(False, 2, 7, 9, mask_function=m.bidirectional_mask_function) is None
+    assert check(False, 2, 1, 9, mask_function=m.bidirectional_mask_function) is None
+    # A module may say that it is not causal, or may cut its queries.
+    plain = check(True, 2, 7, 7)
+    for same in (
+        check(True, 2, 7, 7, attention_mask=torch.ones(2, 7, dtype=torch.bool)),
+        check(True, 2, 7, 7, mask_function=m.sliding_window_causal_mask_function(7), local_size=7),
+        # The prompt of a static cache: keys that are not filled yet lie behind the last query.
+        check(True, 2, 7, 32, q_offset=torch.tensor(0)),
+    ):
+        for mask in (plain, same):
+            assert isinstance(mask, CompactMask) and (mask.offset, mask.window, mask.padding) == (0, (None, None), None)
+    # Or that it is, and be asked to look both ways.
+    both = check(False, 2, 7, 9, mask_function=m.bidirectional_mask_function)
+    assert isinstance(both, CompactMask) and both.hides_nothing
 
 
 def test_compact_forms():
@@ -191,8 +198,12 @@ def test_the_mask_is_one_that_the_model_understands(family, causal, compiled):
     lower = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
     row = padding.bool()[:, None, None, :].expand(2, 1, 7, 7)
     additive = causal == torch.float32
-    assert (None if plain is None else plain.dtype) == causal and both is None
-    for mask, expected in ((plain, lower), (padded, lower & row), (both_padded, row)):
+    if family == "Llama" and not compiled:
+        assert isinstance(plain, CompactMask) and isinstance(both, CompactMask)
+    else:
+        assert (None if plain is None else plain.dtype) == causal
+        assert both is None or isinstance(both, CompactMask) and not compiled and not additive
+    for mask, expected in ((plain, lower), (padded, lower & row), (both, torch.ones_like(lower)), (both_padded, row)):
         if mask is None:
             continue
         assert mask.dtype == (torch.float32 if additive else torch.bool)

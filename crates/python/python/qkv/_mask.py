@@ -72,6 +72,11 @@ class CompactMask(Tensor):
         """
         return self.filled is None
 
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether it was made to say that every query sees every key."""
+        return not self.causal and self.window == (None, None) and self.padding is None
+
     def fill(self) -> Tensor:
         """The same mask as an ordinary tensor."""
         if self.filled is None:

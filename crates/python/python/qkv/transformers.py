@@ -18,10 +18,12 @@ What the two functions agree on
 The mask function is asked once per forward pass for a pattern (causal, sliding window, padding, or anything else) and
 its answer reaches the attention function of each layer. The answer is one of:
 
-* `None`: nothing is masked but what `is_causal` says, exactly as with transformers' own "sdpa": a module that is causal
-  masks from the upper left if there is more than one query, and a single query sees every key.
-* a `qkv._mask.CompactMask`: an offset, a window and a row of padding. The attention function runs these fused. A
-  model that computes with its mask sees the ordinary boolean mask.
+* a `qkv._mask.CompactMask`: an offset, a window and a row of padding, or nothing of these. The attention function runs
+  these fused. A model that computes with its mask, or cuts it (Gemma 4), sees the ordinary boolean mask.
+* `None`: one query that sees every key. Also what a traced model gets where transformers skips a mask, and what a model
+  has that asks for none: then nothing is masked but what `is_causal` says, exactly as with transformers' own "sdpa": a
+  module that is causal masks from the upper left if there is more than one query. (`is_causal` alone does not tell:
+  PaliGemma's text is causal in a module that says it is not, StableLM's may be the opposite.)
 * an ordinary boolean mask (batch, 1, q_len, kv_len): what cannot be said in those words (packed sequences, chunks,
   prefixes and images that see both ways, functions of the caller's own), what is traced by `torch.compile` or
   `torch.export` with padding, and what the model wants filled in. Padding alone is a row that is repeated with
@@ -33,10 +35,9 @@ name that is registered, so this is found out here from what the model's class s
 
 * it supports sdpa: everything above, without the float mask.
 * it supports flash or flex attention, but not sdpa (GPT-OSS and Gemma 2 because of their sinks and soft caps): it takes
-  masks of any kind, but need not say rightly whether it is causal (PegasusX). Never `None` for a causal mask of several
-  queries.
+  masks of any kind, but need not say rightly whether it is causal (PegasusX). `None` masks nothing, as with "eager".
 * it supports eager only: it may add the mask to its own scores, or join it to another (BigBirdPegasus, DeepSeek V4).
-  Float masks, filled in.
+  Float masks, filled in; `None` masks nothing.
 * its attention does not go through transformers' interface at all (BLOOM): refused, as nothing would run here.
 
 A mask that the caller made, (.., q_len, kv_len) boolean or float, is the whole truth, as with "eager": `is_causal` and
@@ -213,6 +214,9 @@ def attention_mask(
     padding. `config` says for which model it is; without one, it is for a model that supports sdpa.
     """
     form = "skipped" if config is None else _form(type(config))
+    if form == "skipped" and getattr(config, "num_kv_shared_layers", None):
+        # Gemma 4 cuts its queries for these layers, and the mask with them: a `None` would stay, also in a graph.
+        form = "explicit"
     if form == "none":
         raise NotImplementedError(
             f"config: the attention of models with {type(config).__name__} does not go through transformers' attention "
@@ -290,17 +294,13 @@ def attention_mask(
 
     if not causal:
         if window == (None, None):
-            if padding is None:
-                return None
-            return padding[:, None, None, :].expand(batch_size, 1, q_length, kv_length)
-        if offset != kv_length - q_length:
+            if padding is not None:
+                return padding[:, None, None, :].expand(batch_size, 1, q_length, kv_length)
+        elif offset != kv_length - q_length:
             # Without causality the attention function centres a window at the lower right only.
             return filled_in()
-    # 4. `None` where the attention function reads it as this very pattern: one query that sees every key, or several
-    #    from the upper left.
-    elif (window == (None, None) and padding is None) and (
-        (q_length == 1 and offset >= kv_length - 1) or (q_length > 1 and offset == 0 and form == "skipped")
-    ):
+    # 4. `None` where it cannot be read otherwise: one query that sees every key.
+    if q_length == 1 and window == (None, None) and padding is None and (not causal or offset >= kv_length - 1):
         return None
     return CompactMask(
         batch_size, q_length, kv_length, offset=offset, causal=causal, window=window, padding=padding, device=device
@@ -473,6 +473,8 @@ def _expressed(
     """(mask, bias, causal, window) for `qkv.torch.attention`, from the mask and what the module says."""
     if isinstance(mask, CompactMask):
         if mask.compact:
+            if mask.hides_nothing:
+                return None, None, None, None
             if (mask.shape[2], mask.shape[3]) != (q_len, kv_len):
                 raise ValueError(
                     f"attention_mask: shape {tuple(mask.shape)} was given, expected q_len {q_len} and kv_len {kv_len}"
@@ -488,7 +490,10 @@ def _expressed(
         return None, mask, None, None
 
     if is_causal is None:
-        is_causal = _module_is_causal(module)
+        config = getattr(module, "config", None)
+        # Of several queries these have a mask wherever they are causal, whatever the module says (BridgeTower).
+        masked = mask is None and config is not None and _form(type(config)) in ("explicit", "additive")
+        is_causal = not masked and _module_is_causal(module)
     if mask is not None:
         if mask.shape[1] != kv_len:
             raise ValueError(f"attention_mask: shape {tuple(mask.shape)} was given, expected (batch, {kv_len})")
