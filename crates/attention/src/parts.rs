@@ -20,7 +20,7 @@ use crate::few_rows::FEW_BLOCK;
 const PART: usize = 1024;
 
 /// No sequence has more parts: what their slots take is bounded then.
-pub(crate) const MAX_PARTS: usize = 32;
+const MAX_PARTS: usize = 32;
 
 /// With fewer units than these, the parts of each are tasks of their own.
 pub(crate) const ENOUGH_UNITS: usize = 32;

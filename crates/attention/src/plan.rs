@@ -465,7 +465,7 @@ impl Plan {
     }
 }
 
-/// How much of the score matrix is touched, in pairs of a strip of NR rows and a block of keys.
+/// How much of the score matrix is touched, in pairs of a strip of rows (NR, or up to 8 of few queries) and a block of keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockCounts {
     /// Computed without a mask.
